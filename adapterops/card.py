@@ -1,0 +1,38 @@
+"""The model card beside a PEFT output: what it is made of and how far it is from the exact sum."""
+
+from __future__ import annotations
+
+from adapterops.certificate import Report
+
+
+def model_card(report: Report) -> str:
+    """README.md of an output directory, with the front matter that hubs read."""
+    bases = list(dict.fromkeys(item.base for item in report.inputs if item.base))
+    lines = ["---", "library_name: peft"]
+    if bases:
+        lines.append(f"base_model: {_yaml(bases[0])}")
+    lines += ["tags:", "- lora", "- merge", "- adapterops", "---", "", "# Merged LoRA adapter", ""]
+    lines += ["A weighted sum of adapters, ΔW = Σ wᵢ·ΔWᵢ, made by adapterops.", ""]
+    lines += ["| input | weight | rank | share | retained | sha256 |", "|---|---|---|---|---|---|"]
+    for item in report.inputs:
+        share = "–" if item.share is None else f"{item.share:.1%}"
+        kept = "–" if item.retention is None else f"{item.retention:.4f}"
+        name = item.name.replace("|", "\\|")
+        lines.append(
+            f"| {name} | {item.weight:g} | {item.rank} | {share} | {kept} | `{item.sha256[:16]}` |"
+        )
+    lines += [
+        "",
+        f"Rank {report.rank}, stored as {report.dtype}. Relative to the exact sum the error is "
+        f"{report.error:.3g} (cut off {report.truncation:.3g}, number format "
+        f"{report.storage:.3g}), measured on the bytes of this file; `adapterops.json` has every "
+        "module.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _yaml(text: str) -> str:
+    """A double-quoted YAML scalar."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else " " for c in escaped) + '"'

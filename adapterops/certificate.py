@@ -1,0 +1,156 @@
+"""What an operation reports: the exact error it caused, per module and in total.
+
+Relative figures are ‖·‖_F over ‖ΔW‖_F of the exact result. They are computed from the bytes that
+were written. A figure that is undefined (the error of a zero module, the retention of a zero
+adapter) is None, never NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleReport:
+    """One module of the result.
+
+    `norm` is ‖ΔW‖_F of the exact weighted sum, 0 where it is at or below `floor`, the rounding
+    noise of what went in. `truncation`, `storage` and `error` are relative to it: the part cut off,
+    the part lost to the file's number format, and both together (not their sum). `retention` of an
+    input D is ⟨written, D⟩/‖D‖²; `shares` are |w|‖D‖ over their sum. `route` says how the factors
+    were made: copy, stack (all columns kept), gram, qr, range, or zero.
+    """
+
+    shape: tuple[int, int]
+    layer: str
+    ranks: tuple[int, ...]
+    rank: int
+    norm: float
+    truncation: float | None
+    storage: float | None
+    error: float | None
+    shares: tuple[float | None, ...]
+    retention: tuple[float | None, ...]
+    subnormal: int
+    route: str
+    floor: float
+
+
+@dataclass(frozen=True, slots=True)
+class InputReport:
+    """One input: what it is, and how much of it the result holds."""
+
+    name: str
+    sha256: str
+    weight: float
+    dialect: str
+    base: str | None
+    modules: int
+    rank: int
+    scale: str
+    norm: float
+    share: float | None
+    retention: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RankHint:
+    """What a smaller rank would cost: relative truncation error of the whole adapter."""
+
+    rank: int
+    error: float
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The certificate of a merge: totals over the whole adapter, then inputs and modules.
+
+    `size` is the bytes of the weights file. `error` is ‖written − exact‖_F / ‖exact‖_F.
+    """
+
+    output: str
+    dialect: str
+    dtype: str
+    rank: int
+    size: int
+    norm: float
+    truncation: float
+    storage: float
+    error: float
+    subnormal: int
+    inputs: tuple[InputReport, ...]
+    modules: Mapping[str, ModuleReport]
+    extras: Mapping[str, str] = field(default_factory=dict)
+    hints: tuple[RankHint, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints and the sidecar holds."""
+        return {"schema": "adapterops.merge/1", **_plain(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What `--dry-run` prints: the output as it would be, with no factor written.
+
+    `modules` maps each module to its shape and the inputs' ranks (0 where an input lacks it).
+    """
+
+    output: str
+    dialect: str
+    dtype: str
+    rank: int
+    size: int
+    modules: Mapping[str, tuple[tuple[int, int], tuple[int, ...]]]
+    extras: Mapping[str, str] = field(default_factory=dict)
+    hints: tuple[RankHint, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints."""
+        return {"schema": "adapterops.merge-plan/1", **_plain(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One module's absolute figures as a kernel measured them; `inner` is ⟨written, wᵢDᵢ⟩."""
+
+    norm: float
+    beta: float
+    floor: float
+    truncation: float
+    storage: float
+    total: float
+    input_norms: tuple[float, ...]
+    inner: tuple[float, ...]
+    subnormal: int
+    route: str
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """part / whole, None where whole is zero."""
+    return part / whole if whole > 0 else None
+
+
+def total(values: Sequence[float]) -> float:
+    """Root of the sum of squares: modules are orthogonal to each other."""
+    return math.hypot(*values) if values else 0.0
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,111 @@
+"""From measured figures to the certificate: totals, inputs and modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from adapterops.certificate import InputReport, ModuleReport, Report, ratio, total
+from adapterops.kernels import Piece
+from adapterops.plan import Plan
+from adapterops.provenance import Provenance
+
+_STORAGE_NOTE = 1e-3
+
+
+def certify(plan: Plan, pieces: Sequence[Piece], rank: int, provenance: Provenance) -> Report:
+    """Totals, inputs and modules from the measured figures."""
+    count = len(plan.inputs)
+    squares = [[0.0] * count, [0.0] * count]
+    modules: dict[str, ModuleReport] = {}
+    for module, piece in zip(plan.modules, pieces, strict=True):
+        figures = piece.figures
+        shares: list[float | None] = [None] * count
+        retention: list[float | None] = [None] * count
+        widths = [0] * count
+        whole = sum(figures.input_norms)
+        for part, size, inner in zip(module.parts, figures.input_norms, figures.inner, strict=True):
+            weight = plan.weights[part.input]
+            shares[part.input] = ratio(size, whole)
+            retention[part.input] = _quotient(inner * weight, size * size)
+            widths[part.input] = part.site.rank
+            squares[0][part.input] += size * size
+            squares[1][part.input] += inner
+        seen = figures.norm if figures.norm > figures.floor else 0.0
+        modules[module.stem] = ModuleReport(
+            shape=module.shape,
+            layer=module.layer,
+            ranks=tuple(widths),
+            rank=module.parts[0].site.rank if figures.route == "copy" else rank,
+            norm=figures.norm,
+            truncation=ratio(figures.truncation, seen),
+            storage=ratio(figures.storage, seen),
+            error=ratio(figures.total, seen),
+            shares=tuple(shares),
+            retention=tuple(retention),
+            subnormal=figures.subnormal,
+            route=figures.route,
+            floor=figures.floor,
+        )
+    norm = total([piece.figures.norm for piece in pieces])
+    return Report(
+        output="",
+        dialect=plan.dialect,
+        dtype=plan.dtype,
+        rank=rank,
+        size=0,
+        norm=norm,
+        truncation=ratio(total([p.figures.truncation for p in pieces]), norm) or 0.0,
+        storage=ratio(total([p.figures.storage for p in pieces]), norm) or 0.0,
+        error=ratio(total([p.figures.total for p in pieces]), norm) or 0.0,
+        subnormal=sum(piece.figures.subnormal for piece in pieces),
+        inputs=_inputs(plan, provenance, squares[0], squares[1]),
+        modules=modules,
+    )
+
+
+def _quotient(inner: float, squared: float) -> float | None:
+    return inner / squared if squared > 0 else None
+
+
+def _inputs(
+    plan: Plan, provenance: Provenance, squares: Sequence[float], inner: Sequence[float]
+) -> tuple[InputReport, ...]:
+    sizes = [square**0.5 for square in squares]
+    result = []
+    for index, (file, origin) in enumerate(zip(plan.inputs, provenance.inputs, strict=True)):
+        scales = sorted({site.scale for site in file.sites.values()})
+        shown = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
+        origins = sorted({site.scale_from for site in file.sites.values()})
+        origin_text = origins[0] + (", …" if len(origins) > 1 else "")
+        weight = origin.weight
+        result.append(
+            InputReport(
+                name=origin.name,
+                sha256=origin.sha256,
+                weight=weight,
+                dialect=file.dialect,
+                base=file.base,
+                modules=len(file.sites),
+                rank=file.rank,
+                scale=f"{shown}: {origin_text}",
+                norm=sizes[index] / abs(weight) if weight else 0.0,
+                share=ratio(sizes[index], sum(sizes)) if weight else 0.0,
+                retention=_quotient(inner[index] * weight, squares[index]),
+            )
+        )
+    return tuple(result)
+
+
+def notes(plan: Plan, report: Report, copy: bool) -> list[str]:
+    result = []
+    if copy:
+        result.append("one adapter with weight 1 and nothing to cut: its tensors are copied")
+    if report.storage > _STORAGE_NOTE and plan.dtype != "F32":
+        result.append(
+            f"storing the factors in 16 bits costs {report.storage:.2g}; --dtype float32 avoids it"
+        )
+    if report.norm == 0.0:
+        result.append("all inputs are zero: so is the result")
+    if plan.left_out:
+        result.append(f"--modules leaves out {plan.left_out} modules")
+    return result

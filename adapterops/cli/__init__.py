@@ -1,0 +1,111 @@
+"""The command line: parse, call one library function, print. No arithmetic here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from adapterops import __version__
+from adapterops.errors import AdapterOpsError, Interrupted, MemoryLimitError
+
+COMMANDS = {"merge": "adapterops.cli.merge"}
+
+
+class LazyGroup(click.Group):
+    """Loads a command's module when it is run, so that `--help` answers at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(COMMANDS[cmd_name])
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(args[0], COMMANDS, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" There is: {', '.join(COMMANDS)}."
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", prog_name="adapterops")
+def app() -> None:
+    """Arithmetic on LoRA adapters: exact where it can be, certified where it cannot.
+
+    \b
+    Exit codes: 0 done, 1 unexpected, 2 usage, 3 malformed or unsafe input,
+    4 inputs that do not go together, 5 a numerical check failed (nothing written),
+    6 input/output, 7 memory, 130 interrupted.
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with the code that its errors call for."""
+    signal.signal(signal.SIGTERM, _terminate)
+    wants_json = "--json" in sys.argv
+    try:
+        code = app.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        if wants_json:
+            _print_json({"code": 2, "type": "UsageError", "message": error.format_message()})
+        else:
+            error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error, AdapterOpsError):
+            _fail(error, wants_json)
+        _fail(Interrupted("interrupted; nothing was written"), wants_json)
+    except AdapterOpsError as error:
+        _fail(error, wants_json)
+    except MemoryError:
+        _fail(MemoryLimitError("out of memory; try a smaller -j or --memory"), wants_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("ADAPTEROPS_DEBUG"):
+            raise
+        unexpected = AdapterOpsError(
+            f"unexpected {type(error).__name__}: {error}",
+            hint="this is a defect; ADAPTEROPS_DEBUG=1 shows where",
+        )
+        _fail(unexpected, wants_json)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted("terminated; nothing was written")
+
+
+def _fail(error: AdapterOpsError, wants_json: bool) -> NoReturn:
+    if os.environ.get("ADAPTEROPS_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+    if wants_json:
+        _print_json(error.to_dict())
+    else:
+        click.echo(f"error: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+def _print_json(error: dict[str, Any]) -> None:
+    click.echo(json.dumps({"error": error}, ensure_ascii=False), err=True)

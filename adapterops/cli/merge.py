@@ -1,0 +1,129 @@
+"""adapterops merge"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from typing import Any
+
+import click
+
+from adapterops.cli.options import parse_alphas, rank_options, run_options
+from adapterops.errors import UsageError
+
+DEFAULT_OUTPUT = "merged"
+
+
+@click.command("merge")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@click.option("-w", "--weights", metavar="W,W,…", help="One weight per adapter, e.g. 0.7,0.3.")
+@click.option("-o", "--output", metavar="PATH", help="Default: merged/ or merged.safetensors here.")
+@rank_options
+@click.option("--normalize", is_flag=True, help="Divide the weights by their sum.")
+@click.option("--modules", metavar="REGEX", help="Only modules whose whole path matches.")
+@click.option(
+    "--extras",
+    default="error",
+    show_default=True,
+    type=click.Choice(["error", "first", "average", "drop"]),
+    help="Heads, biases and token rows on which the inputs disagree.",
+)
+@click.option(
+    "--dtype",
+    default="keep",
+    show_default=True,
+    metavar="TYPE",
+    help="keep (the first input's), float32, bfloat16 or float16.",
+)
+@click.option(
+    "--to",
+    type=click.Choice(["peft", "kohya", "diffusers"]),
+    help="Dialect to write; default the first input's.",
+)
+@click.option("--alpha", multiple=True, metavar="X|PATH=X", help="For inputs that lack a scale.")
+@run_options
+def command(
+    adapters: tuple[str, ...],
+    weights: str | None,
+    output: str | None,
+    alpha: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    no_progress: bool,
+    **options: Any,
+) -> None:
+    """Write the weighted sum Σ wᵢ·ΔWᵢ of adapters, exactly unless a rank is asked for.
+
+    \b
+    adapterops merge a.safetensors b.safetensors --weights 0.7,0.3
+    adapterops merge code docs -w 0.5,0.5 --rank 16 -o both
+    adapterops merge code:1 docs:-0.5 --max-error 0.05 -o difference
+
+    The report says what was lost, measured on the bytes written: truncation (rank), storage
+    (number format) and both, relative to the exact sum.
+    """
+    from adapterops.options import parse_weights, split_weight
+    from adapterops.render.progress import reporter
+    from adapterops.render.tables import print_merge
+    from adapterops.verbs.merge import merge
+
+    paths, given = _split(adapters, weights is not None, split_weight)
+    chosen = parse_weights(weights) if weights is not None else given
+    out = output or DEFAULT_OUTPUT
+    with reporter(quiet or no_progress) as progress:
+        report = merge(
+            paths,
+            chosen,
+            out=out,
+            alpha=parse_alphas(alpha, paths),
+            command=lambda rank: _command(rank),
+            progress=progress,
+            **options,
+        )
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
+    elif not quiet:
+        print_merge(report, verbose=verbose)
+
+
+def _split(
+    arguments: tuple[str, ...], weights_given: bool, split_weight: Any
+) -> tuple[list[str], list[float] | None]:
+    """Paths, and the weights written behind colons."""
+    for argument in arguments:
+        if _is_number(argument) and not os.path.exists(argument):
+            raise UsageError(
+                f"{argument!r} is a number, not an adapter",
+                hint="weights are separated by commas, without spaces: --weights 0.7,0.3",
+            )
+    pairs = [split_weight(argument) for argument in arguments]
+    with_weight = [path for path, weight in pairs if weight is not None]
+    if not with_weight:
+        return [path for path, _ in pairs], None
+    if weights_given:
+        raise UsageError(f"{with_weight[0]}:… gives a weight, and so does --weights; use one form")
+    missing = [path for path, weight in pairs if weight is None]
+    if missing:
+        raise UsageError(f"{with_weight[0]} has a weight behind a colon, {missing[0]} has none")
+    return [path for path, _ in pairs], [weight for _, weight in pairs]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _command(rank: int) -> str:
+    """This command line with another rank, ready to run."""
+    arguments = list(sys.argv[1:])
+    if "--overwrite" not in arguments:
+        arguments.append("--overwrite")
+    return shlex.join(["adapterops", *arguments, "--rank", str(rank)])

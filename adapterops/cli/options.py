@@ -1,0 +1,115 @@
+"""Options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import click
+
+from adapterops.errors import UsageError
+
+Command = Callable[..., Any]
+
+
+class Rank(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """A whole number, or the word same."""
+
+    name = "N|same"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | Literal["same"]:
+        if value == "same":
+            return "same"
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor 'same'", param, ctx)
+
+
+def rank_options(command: Command) -> Command:
+    """How the rank of the output is chosen."""
+    for option in (
+        click.option(
+            "--size", metavar="SIZE", help="Largest rank whose file fits, e.g. 20MB (10⁶)."
+        ),
+        click.option(
+            "--max-error",
+            type=float,
+            metavar="X",
+            help="Smallest rank whose relative error, as written, is at most X.",
+        ),
+        click.option(
+            "--energy",
+            type=float,
+            metavar="E",
+            help="Smallest rank that keeps this share of Σσ² (0.99 means an error of 0.1).",
+        ),
+        click.option(
+            "-r", "--rank", type=Rank(), help="Rank of the output; same: the largest input's."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def run_options(command: Command) -> Command:
+    """Where and how a command runs and talks."""
+    for option in (
+        click.option(
+            "--allow-pickle",
+            is_flag=True,
+            help="Dangerous: read .bin/.pt files (weights_only, never code).",
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace an output that adapterops wrote."),
+        click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
+        click.option("--strict", is_flag=True, help="Turn warnings into errors."),
+        click.option("--no-progress", is_flag=True, help="No progress on stderr."),
+        click.option("-v", "--verbose", is_flag=True, help="One line per module."),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+        click.option("-j", "--jobs", type=int, metavar="N", help="Worker threads."),
+        click.option("--memory", metavar="SIZE", help="Bytes in flight, e.g. 2GB."),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="DEVICE",
+            help="auto, cpu, cuda or cuda:N.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def parse_alphas(values: tuple[str, ...], paths: list[str]) -> float | dict[str, float] | None:
+    """`--alpha 16` for every input without a scale, or `--alpha path=16` for one of them.
+
+    A path may be given as on the command line or by its last component.
+    """
+    import os
+
+    general: list[float] = []
+    single: dict[str, float] = {}
+    for text in values:
+        name, equals, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise UsageError(f"--alpha {text!r}: expected a number, or PATH=number") from None
+        if not 0 < value < float("inf"):
+            raise UsageError(f"--alpha {text!r}: expected a number above 0")
+        if not equals:
+            general.append(value)
+            continue
+        matches = [p for p in paths if p == name or os.path.basename(p.rstrip("/")) == name]
+        if len(matches) != 1:
+            raise UsageError(
+                f"--alpha {text!r}: {len(matches)} inputs are called {name!r}",
+                hint="give the path as on the command line",
+            )
+        single[matches[0]] = value
+    if len(general) > 1 or (general and single):
+        raise UsageError("--alpha: give one number for all inputs, or PATH=number for some")
+    return single or (general[0] if general else None)

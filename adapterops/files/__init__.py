@@ -1,0 +1,1 @@
+"""Files: strict headers, positioned reads, staged writes, guarded pickles. No algebra."""

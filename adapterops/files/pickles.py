@@ -1,0 +1,96 @@
+"""Legacy `.bin` and `.pt` files, read only on request and without running code from them.
+
+The archive is checked before PyTorch sees it: stored entries only, whose sizes add up to the file
+(a compressed bomb cannot), then `weights_only=True`, never a fallback. What comes out is turned
+into safetensors bytes, so that everything behind this module knows one format.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from typing import Any
+
+from adapterops.errors import FormatError, UnsafeFileError, UnsupportedError
+from adapterops.files.source import LocalFile, MemoryFile
+
+
+def open_pickle(path: str | os.PathLike[str]) -> MemoryFile:
+    """The tensors of a PyTorch zip archive as an in-memory safetensors file.
+
+    Raises UnsafeFileError for anything but a plain archive of tensors.
+    """
+    name = os.fspath(path)
+    size = LocalFile(name).size()
+    _check_archive(name, size)
+    return MemoryFile(name, _to_safetensors(name, _load(name)))
+
+
+def _check_archive(path: str, size: int) -> None:
+    if not zipfile.is_zipfile(path):
+        raise UnsafeFileError(
+            "not a PyTorch zip archive (pickles of before torch 1.6 are refused)",
+            path=path,
+            hint="re-save it with a current torch, or as safetensors",
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise FormatError(f"a broken zip archive ({error})", path=path) from None
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise UnsafeFileError(f"the archive entry {entry.filename!r} is compressed", path=path)
+    total = sum(entry.file_size for entry in entries)
+    if total > size:
+        raise UnsafeFileError(
+            f"the archive's entries claim {total} bytes, the file has {size}", path=path
+        )
+
+
+def _load(path: str) -> dict[str, Any]:
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; none may be retried unsafely
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsafeFileError(f"not a plain archive of tensors ({reason})", path=path) from None
+    if not isinstance(content, dict):
+        raise UnsupportedError(
+            f"the pickle holds a {type(content).__name__}, not a dictionary of named tensors; "
+            "its tensors cannot be told apart without names",
+            path=path,
+        )
+    wrong = [key for key, value in content.items() if not _is_named_tensor(key, value, torch)]
+    if wrong:
+        raise FormatError(
+            f"{wrong[0]!r} is a {type(content[wrong[0]]).__name__}, not a tensor", path=path
+        )
+    claimed = sum(value.numel() * value.element_size() for value in content.values())
+    if claimed > os.path.getsize(path):
+        raise UnsafeFileError(
+            f"its tensors claim {claimed} bytes, more than the file has", path=path
+        )
+    return content
+
+
+def _is_named_tensor(key: Any, value: Any, torch: Any) -> bool:
+    return (
+        isinstance(key, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not value.is_quantized
+    )
+
+
+def _to_safetensors(path: str, tensors: dict[str, Any]) -> bytes:
+    from safetensors.torch import save
+
+    try:
+        data: bytes = save(
+            {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+        )
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise FormatError(f"its tensors cannot be stored plainly ({error})", path=path) from None
+    return data

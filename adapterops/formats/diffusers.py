@@ -1,0 +1,88 @@
+"""diffusers: dotted module paths below a component (`unet.`, `transformer.`, `text_encoder.`, …).
+
+Three spellings are in use: `.lora_A.weight` (current, scale in the header's
+`lora_adapter_metadata`), `.lora.down.weight` (`.lora_linear_layer.` in text encoders), and the old
+attention processors' `.processor.to_q_lora.down.weight`. No alpha anywhere means scale 1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+METADATA_KEY = "lora_adapter_metadata"
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "prior",
+    "connectors",
+)
+_BARE_UNET = re.compile(r"^(down_blocks|mid_block|up_blocks)\.")
+_ATTENTION = re.compile(r"^(?P<block>.*\.attn\d*)\.(?P<leaf>to_q|to_k|to_v|to_out\.0)$")
+
+
+def canonical(stem: str) -> str:
+    """A stem with its component: old attention processor files leave out `unet.`."""
+    return f"unet.{stem}" if _BARE_UNET.match(stem) else stem
+
+
+def component(stem: str) -> str:
+    """The model component that a stem belongs to, "" if it names none."""
+    head = stem.partition(".")[0]
+    return head if head in COMPONENTS else ""
+
+
+def names(stem: str, spelling: str) -> dict[str, str]:
+    """The saved names of a module's tensors in one of the three spellings."""
+    if spelling == "peft":
+        return {
+            "A": f"{stem}.lora_A.weight",
+            "B": f"{stem}.lora_B.weight",
+            "bias": f"{stem}.lora_B.bias",
+        }
+    attention = _ATTENTION.match(stem)
+    if spelling == "processor" and attention:
+        leaf = attention["leaf"].removesuffix(".0")
+        middle = f"{attention['block']}.processor.{leaf}_lora"
+    elif component(stem).startswith("text_encoder"):
+        middle = f"{stem}.lora_linear_layer"
+    else:
+        middle = f"{stem}.lora"
+    return {"A": f"{middle}.down.weight", "B": f"{middle}.up.weight"}
+
+
+def component_config(config: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The part of a component-prefixed config that belongs to one component."""
+    if not part:
+        return dict(config)
+    prefix = part + "."
+    return {
+        key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)
+    }
+
+
+def write_config(modules: list[str], rank: int) -> str:
+    """`lora_adapter_metadata` for an output of uniform rank and scale 1, per component."""
+    parts: dict[str, list[str]] = {}
+    for stem in modules:
+        parts.setdefault(component(stem), []).append(stem)
+    config: dict[str, Any] = {}
+    for part, stems in parts.items():
+        prefix = f"{part}." if part else ""
+        values = {
+            "r": rank,
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "use_rslora": False,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "target_modules": sorted(stem.removeprefix(prefix) for stem in stems),
+        }
+        config.update({prefix + key: value for key, value in values.items()})
+    return json.dumps(config, sort_keys=True)

@@ -1,0 +1,118 @@
+"""From the path a user gives to the files that make one adapter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterops.errors import FileError, FormatError
+from adapterops.files.source import LocalFile
+from adapterops.formats import peft
+
+_WEIGHTS = (
+    peft.WEIGHTS,
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.bin",
+)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Files beside an adapter that belong to it: engines read added tokens from there.
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """One adapter's files. `shared_config`: the config lies beside and may serve other files."""
+
+    weights: str
+    config: str | None
+    shared_config: bool = False
+    side_files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_pickle(self) -> bool:
+        return self.weights.lower().endswith(_PICKLES)
+
+
+def locate(path: str | os.PathLike[str]) -> Located:
+    """The weights, config and side files at `path`, a file or a directory.
+
+    Raises FileError if there is nothing, FormatError if a directory holds no adapter or several.
+    """
+    given = Path(path)
+    if given.is_dir():
+        return _in_directory(given)
+    LocalFile(given)  # raises where it is missing or unreadable
+    config, shared = _sibling_config(given)
+    return Located(os.fspath(given), config, shared)
+
+
+def _in_directory(directory: Path) -> Located:
+    found = [directory / name for name in _WEIGHTS if (directory / name).is_file()]
+    if not found:
+        found = sorted(p for p in directory.glob("*.safetensors") if p.is_file())
+        if len(found) > 1:
+            names = ", ".join(p.name for p in found[:4])
+            raise FormatError(
+                f"holds {len(found)} safetensors files ({names}, …) and no {peft.WEIGHTS}",
+                path=directory,
+                hint="name one of the files",
+            )
+    if not found:
+        raise FormatError(
+            f"is not an adapter: the directory holds no {peft.WEIGHTS}", path=directory
+        )
+    weights, *others = found
+    notes = [
+        f"{directory}: {weights.name} is read; {other.name} beside it may be another adapter"
+        for other in others
+    ]
+    config = directory / peft.CONFIG
+    return Located(
+        os.fspath(weights),
+        os.fspath(config) if config.is_file() else None,
+        False,
+        tuple(name for name in SIDE_FILES if (directory / name).is_file()),
+        tuple(notes),
+    )
+
+
+def _sibling_config(file: Path) -> tuple[str | None, bool]:
+    own = [file.with_suffix(".json"), file.with_suffix("") / peft.CONFIG]
+    for candidate in own:
+        if candidate.is_file():
+            return os.fspath(candidate), False
+    beside = file.parent / peft.CONFIG
+    return (os.fspath(beside), True) if beside.is_file() else (None, False)
+
+
+def read_text(path: str, limit: int = 16_000_000) -> bytes:
+    """A small file's bytes; a config of more than 16 MB is none."""
+    file = LocalFile(path)
+    if file.size() > limit:
+        raise FormatError(f"has {file.size()} bytes, too large for a config", path=path)
+    buffer = bytearray(file.size())
+    file.pread_into(0, memoryview(buffer))
+    return bytes(buffer)
+
+
+def missing_pickle_permission(path: str) -> FileError | FormatError:
+    """The refusal of a pickle that was not allowed."""
+    return FormatError(
+        "is a PyTorch pickle, which can run code when it is opened",
+        path=path,
+        hint="pass --allow-pickle to read it with weights_only=True",
+    )

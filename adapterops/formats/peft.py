@@ -1,0 +1,248 @@
+"""PEFT: a directory with `adapter_model.safetensors` and `adapter_config.json`.
+
+Keys are `base_model.model.` + module path + `.lora_A.weight`; the scale is in the config, by rank
+and alpha patterns. (peft 0.21.2, `tuners/lora/config.py`, `utils/other.py:get_pattern_key`.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adapterops.errors import FormatError, UnsupportedError
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+# Initialisations whose tensors are relative to a changed base; the others leave the base alone.
+_MOVED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_REFUSED_FIELDS = {
+    "use_dora": ("DoRA", "bake it into the base and extract a LoRA from the result"),
+    "alora_invocation_tokens": (
+        "aLoRA",
+        "it applies to part of the tokens only; serve it as it is",
+    ),
+    "use_bdlora": ("BD-LoRA", "its factors are block-diagonal"),
+    "use_qalora": ("QA-LoRA", "its A is grouped"),
+    "kasa_config": ("KaSA", "it also changes the base"),
+    "arrow_config": ("Arrow", "it routes between adapters at run time"),
+    "layer_replication": ("layer replication", "its layers have no weights of their own"),
+    "target_parameters": ("MoE target_parameters", "a later version reads it"),
+    "enable_lora": ("an old MergedLinear LoRA", "a later version reads it"),
+    "monteclora_config": ("MonteCLoRA", "its factors are sampled"),
+    "velora_config": ("VeLoRA", "its factors are compressed"),
+}
+
+
+def read_config(text: bytes | str, path: str) -> dict[str, Any]:
+    """An adapter_config.json, duplicate keys refused."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise FormatError("a key appears twice in the config", path=path)
+        return result
+
+    try:
+        config = json.loads(text, object_pairs_hook=unique)
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"the config is not valid JSON ({error})", path=path) from None
+    if not isinstance(config, dict):
+        raise FormatError("the config is not a JSON object", path=path)
+    return config
+
+
+def check_supported(config: Mapping[str, Any], path: str) -> None:
+    """Raise UnsupportedError for a config whose adapter is not B·A on an unchanged base."""
+    kind = config.get("peft_type", "LORA")
+    if str(kind).upper() != "LORA":
+        raise UnsupportedError(
+            f"this is a {kind} adapter, not a LoRA",
+            path=path,
+            hint="it has no weight delta of low rank that could be merged here",
+        )
+    for name, (what, way) in _REFUSED_FIELDS.items():
+        if config.get(name):
+            raise UnsupportedError(
+                f"this is {what} ({name} is set), not a plain LoRA; {way}", path=path
+            )
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_MOVED_BASE):
+        raise UnsupportedError(
+            f"trained with init_lora_weights={init!r}: its tensors are relative to a base that the "
+            "initialisation changed",
+            path=path,
+            hint="convert it with PEFT's path_initial_model_for_weight_conversion first",
+        )
+
+
+class Scales:
+    """Scale of each module from a config: alpha / r, or alpha / √r for rsLoRA, by the patterns."""
+
+    def __init__(self, config: Mapping[str, Any], path: str) -> None:
+        self._path = path
+        self._ranks = _patterns(config, "rank_pattern", path)
+        self._alphas = _patterns(config, "alpha_pattern", path)
+        self._rank = _number(config, "r", path)
+        self._alpha = _number(config, "lora_alpha", path)
+        self._stabilised = bool(config.get("use_rslora"))
+        self.notes: list[str] = []
+
+    @property
+    def known(self) -> bool:
+        """Whether the config says an alpha at all."""
+        return self._alpha is not None
+
+    def rank(self, module: str) -> float | None:
+        """The rank that the config expects of `module`."""
+        return self._match(self._ranks, module, "rank_pattern", self._rank)
+
+    def alpha(self, module: str) -> float:
+        """The alpha of `module`; only where `known`."""
+        alpha = self._match(self._alphas, module, "alpha_pattern", self._alpha)
+        assert alpha is not None
+        return alpha
+
+    def scale(self, module: str, rank: int) -> float:
+        """The factor of B·A for a module of this rank."""
+        root = math.sqrt(rank) if self._stabilised else rank
+        return self.alpha(module) / root if rank else 1.0
+
+    def _match(
+        self,
+        patterns: list[tuple[re.Pattern[str], float]],
+        module: str,
+        name: str,
+        default: float | None,
+    ) -> float | None:
+        values = [value for pattern, value in patterns if pattern.match(module)]
+        if len(set(values)) > 1:
+            self.notes.append(
+                f"{self._path}: {name} gives module {module} the values {values}; "
+                f"PEFT takes the first, {values[0]}"
+            )
+        return values[0] if values else default
+
+
+def _patterns(
+    config: Mapping[str, Any], name: str, path: str
+) -> list[tuple[re.Pattern[str], float]]:
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise FormatError(f"{name} in the config is not a JSON object", path=path)
+    result = []
+    for pattern in value:
+        try:
+            result.append(
+                (re.compile(rf"(.*\.)?({pattern})$"), _number(value, pattern, path) or 0.0)
+            )
+        except re.error as error:
+            raise FormatError(
+                f"{name} {pattern!r} is no regular expression ({error})", path=path
+            ) from None
+    return result
+
+
+def _number(config: Mapping[str, Any], name: str, path: str) -> float | None:
+    value = config.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise FormatError(f"{name} in the config is {value!r}, not a number", path=path)
+    return float(value)
+
+
+def module_path(stem: str) -> str:
+    """The path that PEFT matches patterns against: the key without its prefix."""
+    return stem.removeprefix(PREFIX)
+
+
+def names(module: str, layer: str) -> dict[str, str]:
+    """The saved names of a module's tensors."""
+    if layer == "embedding":
+        return {side: f"{PREFIX}{module}.lora_embedding_{side}" for side in "AB"}
+    return {
+        "A": f"{PREFIX}{module}.lora_A.weight",
+        "B": f"{PREFIX}{module}.lora_B.weight",
+        "bias": f"{PREFIX}{module}.lora_B.bias",
+    }
+
+
+def write_config(
+    source: Mapping[str, Any],
+    base: str | None,
+    modules: Mapping[str, tuple[int, float]],
+    *,
+    targets: list[str],
+    keep_extras: bool,
+    bias: bool,
+) -> dict[str, Any]:
+    """A minimal config that old PEFT, vLLM and SGLang parse: module -> (rank, alpha).
+
+    Ranks and alphas that differ from the commonest become exact, anchored patterns, which mean the
+    same in whatever order JSON keeps them. Fields appear only where some loader needs them.
+    """
+    rank, alpha = Counter(modules.values()).most_common(1)[0][0] if modules else (1, 1.0)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": source.get("task_type"),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _integral(alpha),
+        "lora_dropout": 0.0,
+        "bias": (source.get("bias") or "none") if keep_extras else "none",
+        "fan_in_fan_out": bool(source.get("fan_in_fan_out")),
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "target_modules": targets,
+        "modules_to_save": (source.get("modules_to_save") or None) if keep_extras else None,
+        "rank_pattern": {_anchor(m): r for m, (r, _) in sorted(modules.items()) if r != rank},
+        "alpha_pattern": {
+            _anchor(m): _integral(a) for m, (_, a) in sorted(modules.items()) if a != alpha
+        },
+    }
+    if source.get("auto_mapping"):
+        config["auto_mapping"] = source["auto_mapping"]
+    if keep_extras and source.get("trainable_token_indices"):
+        config["trainable_token_indices"] = source["trainable_token_indices"]
+    if bias:
+        config["lora_bias"] = True
+    return config
+
+
+def target_modules(modules: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`target_modules` for exactly these modules.
+
+    The short names that the inputs were trained with, where they cover the modules and nothing
+    narrows them; otherwise full paths, which PEFT matches exactly whatever else the base contains.
+    """
+    names: set[str] = set()
+    for config in configs:
+        listed = config.get("target_modules")
+        narrowed = config.get("layers_to_transform") or config.get("exclude_modules")
+        if not isinstance(listed, list) or narrowed:
+            return sorted(modules)
+        names.update(str(name) for name in listed)
+    used = {name for name in names if any(_targets(name, module) for module in modules)}
+    covered = all(any(_targets(name, module) for name in used) for module in modules)
+    return sorted(used) if used and covered else sorted(modules)
+
+
+def _targets(name: str, module: str) -> bool:
+    return module == name or module.endswith("." + name)
+
+
+def _anchor(module: str) -> str:
+    return "^" + re.escape(module)
+
+
+def _integral(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,238 @@
+"""What one job computes: pure functions from module plans to bytes and figures.
+
+A job holds modules of one shape and column structure: one on the CPU, many on CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from adapterops import casts, linalg, streamed
+from adapterops.arrays import Array, host, namespace
+from adapterops.certificate import Figures
+from adapterops.linalg import Core, Spectrum, Truncation
+from adapterops.plan import Module
+from adapterops.streamed import Sum
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One module's finished tensors as bytes, and what was lost in making them."""
+
+    stem: str
+    B: memoryview
+    A: memoryview
+    bias: memoryview | None
+    figures: Figures
+
+
+def peak(modules: Sequence[Module], rank: int) -> int:
+    """Bytes that `factors` needs at most for these modules; `spectra` is asked with rank 0."""
+    module = modules[0]
+    columns, perimeter = module.columns, sum(module.shape)
+    if rank and streamed.applies(module, rank):
+        return 8 * (perimeter * (8 * rank + 1024) + (1 << 22))
+    if not rank and columns > streamed.LARGE:
+        return 8 * 4 * math.prod(module.shape)
+    return len(modules) * 8 * (perimeter * (3 * columns + 6 * rank) + 8 * columns * columns)
+
+
+def spectra(modules: Sequence[Module], device: str) -> list[Spectrum]:
+    """Singular values and numerical rank of each module's exact sum."""
+    if modules[0].columns > streamed.LARGE:
+        return [streamed.spectrum(Sum(module, device)) for module in modules]
+    B, A = _stacked(modules, device)
+    return [linalg.spectrum(B[i], A[i], core) for i, core in enumerate(linalg.cores(B, A))]
+
+
+def factors(modules: Sequence[Module], rank: int, dtype: str, device: str) -> list[Piece]:
+    """Each module's sum at `rank`, rounded once to `dtype`, with its exact error."""
+    if streamed.applies(modules[0], rank):
+        return [_streamed(Sum(module, device), rank, dtype) for module in modules]
+    B, A = _stacked(modules, device)
+    cores = linalg.cores(B, A)
+    results = linalg.truncate(B, A, rank, cores)
+    return [
+        _piece(module, B[i], A[i], cores[i], result, dtype)
+        for i, (module, result) in enumerate(zip(modules, results, strict=True))
+    ]
+
+
+def copied(module: Module) -> Piece:
+    """A module with a single factor pair as it is in the file, bit for bit."""
+    part = module.parts[0]
+    B, A = part.site.factors()
+    core = linalg.cores(B[None], (A * part.coefficient)[None])[0]
+    size = linalg.norm(B, A * part.coefficient)
+    refs = part.site.parts
+    bias = refs["bias"].raw().data if "bias" in refs else None
+    figures = Figures(
+        norm=size,
+        beta=core.beta,
+        floor=linalg.rank_floor(*module.shape, core.beta),
+        truncation=0.0,
+        storage=0.0,
+        total=0.0,
+        input_norms=(size,),
+        inner=(size * size,),
+        subnormal=0,
+        route="copy",
+    )
+    return Piece(module.stem, refs["B"].raw().data, refs["A"].raw().data, bias, figures)
+
+
+def _stacked(modules: Sequence[Module], device: str) -> tuple[Array, Array]:
+    """All columns of each module, coefficients folded into A: (k, m, R) and (k, R, n)."""
+    pairs = [_columns(module, device) for module in modules]
+    if len(pairs) == 1:
+        return pairs[0][0][None], pairs[0][1][None]
+    xp = namespace(pairs[0][0])
+    return xp.stack([b for b, _ in pairs]), xp.stack([a for _, a in pairs])
+
+
+def _columns(module: Module, device: str) -> tuple[Array, Array]:
+    left, right = [], []
+    for part in module.parts:
+        B, A = part.site.factors(device)
+        left.append(B)
+        right.append(A * part.coefficient)
+    if len(left) == 1:
+        return left[0], right[0]
+    xp = namespace(left[0])
+    return xp.concat(left, -1), xp.concat(right, 0)
+
+
+def _piece(module: Module, B: Array, A: Array, core: Core, result: Truncation, dtype: str) -> Piece:
+    stored = _Stored.of(module, result, dtype)
+    cross = 0.0
+    if result.tail > 0.0:
+        # W′ spans singular directions, so of the storage error E_B·A′ + B′·E_A + E_B·E_A only the
+        # second order meets the part cut off: ⟨ΔW − W′, E_B·A′ + B′·E_A⟩ = 0.
+        cross = _inner(B, A, stored.error_b, stored.error_a) - _inner(
+            result.B, result.A, stored.error_b, stored.error_a
+        )
+    inner = host(((stored.B.mT @ B) * (stored.A @ A.mT)).sum(0))
+    return stored.piece(
+        module,
+        result,
+        cross,
+        _input_norms(module, B, A, core),
+        tuple(float(inner[rows].sum()) for rows in _slices(module)),
+    )
+
+
+def _streamed(total: Sum, rank: int, dtype: str) -> Piece:
+    result = streamed.truncate(total, rank)
+    stored = _Stored.of(total.module, result, dtype)
+    change_b, change_a = stored.change(result)
+    cross = sum(streamed.inner(total, change_b, change_a)) - _inner(
+        result.B, result.A, change_b, change_a
+    )
+    return stored.piece(
+        total.module,
+        result,
+        cross,
+        streamed.input_norms(total),
+        streamed.inner(total, stored.B, stored.A),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Factors as the file holds them (float64 values of the narrow type) and what rounding did."""
+
+    dtype: str
+    bytes_b: memoryview
+    bytes_a: memoryview
+    B: Array
+    A: Array
+    error_b: Array
+    error_a: Array
+    subnormal: int
+
+    @classmethod
+    def of(cls, module: Module, result: Truncation, dtype: str) -> _Stored:
+        casts.check_range(result.B, dtype, module.stem)
+        casts.check_range(result.A, dtype, module.stem)
+        stored_b, stored_a = casts.store(result.B, dtype), casts.store(result.A, dtype)
+        B, A = casts.widen(stored_b, dtype), casts.widen(stored_a, dtype)
+        return cls(
+            dtype,
+            casts.stored_bytes(stored_b),
+            casts.stored_bytes(stored_a),
+            B,
+            A,
+            B - result.B,
+            A - result.A,
+            casts.count_subnormal(result.B, B, dtype) + casts.count_subnormal(result.A, A, dtype),
+        )
+
+    def change(self, result: Truncation) -> tuple[Array, Array]:
+        """Factors of W̃ − W′ = E_B·A′ + B̃·E_A: no cancellation, unlike ‖W̃‖² − ‖W′‖²."""
+        xp = namespace(self.B)
+        return xp.concat([self.error_b, self.B], -1), xp.concat([result.A, self.error_a], 0)
+
+    def piece(
+        self,
+        module: Module,
+        result: Truncation,
+        cross: float,
+        input_norms: tuple[float, ...],
+        inner: tuple[float, ...],
+    ) -> Piece:
+        """The finished module; `cross` is ⟨ΔW − W′, W̃ − W′⟩."""
+        storage = linalg.norm(*self.change(result))
+        squared = result.tail**2 + storage**2 - 2 * cross
+        figures = Figures(
+            norm=result.norm,
+            beta=result.beta,
+            floor=linalg.rank_floor(*module.shape, result.beta),
+            truncation=result.tail,
+            storage=storage,
+            total=math.sqrt(max(squared, 0.0)) if result.tail else storage,
+            input_norms=input_norms,
+            inner=inner,
+            subnormal=self.subnormal,
+            route=result.route,
+        )
+        return Piece(module.stem, self.bytes_b, self.bytes_a, _bias(module, self.dtype), figures)
+
+
+def _inner(B: Array, A: Array, other_b: Array, other_a: Array) -> float:
+    """⟨B·A, B′·A′⟩ = Σ (BᵀB′ ∘ AA′ᵀ)."""
+    return float(((B.mT @ other_b) * (A @ other_a.mT)).sum())
+
+
+def _slices(module: Module) -> list[slice]:
+    ends = np.cumsum([part.site.rank for part in module.parts]).tolist()
+    return [slice(end - part.site.rank, end) for end, part in zip(ends, module.parts, strict=True)]
+
+
+def _input_norms(module: Module, B: Array, A: Array, core: Core) -> tuple[float, ...]:
+    """‖wᵢDᵢ‖ of each part, from the diagonal blocks of the Gram matrices where they can see it."""
+    norms = []
+    for rows in _slices(module):
+        gram_b, gram_a = core.gram_b[rows, rows], core.gram_a[rows, rows]
+        size = math.sqrt(max(float(np.sum(gram_b * gram_a)), 0.0))
+        bound = float(np.sqrt(np.diagonal(gram_b) * np.diagonal(gram_a)).sum())
+        seen = size >= linalg.GRAM_NORM * bound
+        norms.append(size if seen else linalg.norm(B[:, rows], A[rows]))
+    return tuple(norms)
+
+
+def _bias(module: Module, dtype: str) -> memoryview | None:
+    """Σ cᵢ·bᵢ of the parts that shift the bias (PEFT's lora_bias), None if none does."""
+    shifts = [
+        part.coefficient * part.site.parts["bias"].read()
+        for part in module.parts
+        if "bias" in part.site.parts
+    ]
+    if not shifts:
+        return None
+    bias = np.sum(shifts, axis=0)
+    casts.check_range(bias, dtype, module.stem)
+    return casts.stored_bytes(casts.store(bias, dtype))

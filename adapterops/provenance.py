@@ -1,0 +1,66 @@
+"""Where an output came from: hashes, weights and options. Never absolute paths, never floats that
+were measured: the same inputs and options give the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import adapterops
+from adapterops.files.source import LocalFile
+
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """One input: its base name, its content's hash and its weight."""
+
+    name: str
+    sha256: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What made a file: verb, inputs and the options that decide its tensors."""
+
+    verb: str
+    inputs: tuple[Origin, ...]
+    options: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "tool": "adapterops",
+            "version": adapterops.__version__,
+            "verb": self.verb,
+            "inputs": [
+                {"name": origin.name, "sha256": origin.sha256, "weight": origin.weight}
+                for origin in self.inputs
+            ],
+            "options": {key: value for key, value in self.options.items() if value is not None},
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
+def base_name(path: str) -> str:
+    """The last component of a path, which may end in a slash or be a dot."""
+    return os.path.basename(os.path.realpath(path))
+
+
+def file_sha256(path: str) -> str:
+    """sha256 of a file's bytes."""
+    file = LocalFile(path)
+    digest = hashlib.sha256()
+    buffer = bytearray(min(_BLOCK, file.size()))
+    for position in range(0, file.size(), _BLOCK):
+        view = memoryview(buffer)[: min(_BLOCK, file.size() - position)]
+        file.pread_into(position, view)
+        digest.update(view)
+    return digest.hexdigest()

@@ -1,0 +1,133 @@
+"""The one executor: an ordered map over jobs under a byte budget.
+
+A job's kernel is a top-level pure function that reads, computes and encodes; whoever calls `run`
+does the writing in its own loop. Jobs are admitted in order while their peaks fit the budget, and
+one that is larger than the whole budget runs alone, so nothing can deadlock. The budget changes how
+many jobs fly, never how a job is cut: results do not depend on it, nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from threadpoolctl import threadpool_limits
+
+from adapterops.errors import MemoryLimitError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[T]):
+    """One piece of work: `kernel(*args)`, needing at most `peak` bytes; `key` names it."""
+
+    key: str
+    kernel: Callable[..., T]
+    args: tuple[Any, ...]
+    peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Where and how wide to run: device name, bytes in flight, worker threads."""
+
+    device: str = "cpu"
+    memory: int = 1 << 30
+    threads: int = 2
+
+
+def run(jobs: Iterable[Job[T]], on: Compute) -> Iterator[T]:
+    """Yield each job's result in job order with at most `on.memory` bytes in flight.
+
+    The first exception of a kernel is raised at its place in the order; nothing after it starts.
+    Raises MemoryLimitError, naming the job, where the machine ran out of memory.
+    """
+    pending: deque[tuple[Job[T], Future[T]]] = deque()
+    flying = 0
+    with _one_blas_thread(on.device), ThreadPoolExecutor(max(1, on.threads)) as pool:
+        try:
+            for job in jobs:
+                while pending and (flying + job.peak > on.memory or len(pending) > 2 * on.threads):
+                    done, future = pending.popleft()
+                    flying -= done.peak
+                    yield _result(done, future)
+                pending.append((job, pool.submit(job.kernel, *job.args)))
+                flying += job.peak
+            while pending:
+                done, future = pending.popleft()
+                yield _result(done, future)
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _result(job: Job[T], future: Future[T]) -> T:
+    try:
+        return future.result()
+    except MemoryError as error:
+        if isinstance(error, MemoryLimitError):
+            raise
+        raise MemoryLimitError(
+            f"out of memory: about {job.peak / 1e6:.0f} MB were needed",
+            module=job.key,
+            hint="run with a smaller -j, or on a machine with more memory",
+        ) from None
+
+
+@contextlib.contextmanager
+def _one_blas_thread(device: str) -> Iterator[None]:
+    """A pool of workers with one BLAS thread each beats one worker with many on thin factors."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(threadpool_limits(1))
+        if device != "cpu":
+            stack.enter_context(_exact_torch(device))
+        yield
+
+
+@contextlib.contextmanager
+def _exact_torch(device: str) -> Iterator[None]:
+    """torch with one thread, its lazy linear algebra loaded, restored afterwards.
+
+    Products are float64, which TF32 and reduced precision do not touch.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.linalg.qr(torch.eye(2, dtype=torch.float64, device=None if device == "torch" else device))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def available_threads() -> int:
+    """Processors this process may use: its affinity, cut by a cgroup quota."""
+    allowed = len(os.sched_getaffinity(0))
+    quota = _cgroup("cpu.max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        allowed = min(allowed, max(1, int(quota[0]) // int(quota[1])))
+    return allowed
+
+
+def available_memory() -> int:
+    """Half of what the machine or the cgroup has free, in bytes."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = _cgroup("memory.max").strip(), _cgroup("memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        free = min(free, max(int(limit) - int(used), 0))
+    return free // 2
+
+
+def _cgroup(name: str) -> str:
+    with contextlib.suppress(OSError), open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
+        return file.read()
+    return ""

@@ -1,0 +1,176 @@
+"""Sums of very many columns: never stacked, only multiplied with, a few adapters at a time.
+
+With thousands of columns the stack outgrows the dense matrix. A randomised range finder with
+subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4) needs products with ΔW and ΔWᵀ
+only, and those are sums over the inputs. Its error is no estimate: for an orthonormal Q,
+‖ΔW − [QQᵀΔW]_r‖² = ‖ΔW‖² − Σ_{k≤r} σ_k(QᵀΔW)², an identity. What is not known is how far that is
+from the optimum; iteration goes on until the error stops falling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from adapterops import linalg
+from adapterops.arrays import Array, host, like, namespace
+from adapterops.linalg import Matrix, Spectrum, Truncation, rank_floor, svd
+from adapterops.plan import Module, Part
+
+LARGE = 1024
+_CHUNK_COLUMNS = 512
+_BLOCK_NUMBERS = 1 << 22
+_OVERSAMPLING = 48
+_SETTLED = 1e-4
+_MOST_PASSES = 10
+_DIRECT = 1e-6
+
+
+def applies(module: Module, rank: int) -> bool:
+    """Whether a module has so many columns for so small a rank that streaming pays."""
+    return module.columns > LARGE and 4 * rank <= module.columns
+
+
+@dataclass(frozen=True)
+class Sum:
+    """ΔW of one module as an operator that reads its inputs anew for every product."""
+
+    module: Module
+    device: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.shape
+
+    def chunks(self) -> Iterator[tuple[Array, Array]]:
+        """(B, A) of a few inputs at a time, coefficients folded into A."""
+        gathered: list[Part] = []
+        for part in self.module.parts:
+            gathered.append(part)
+            if sum(p.site.rank for p in gathered) >= _CHUNK_COLUMNS:
+                yield _stack(gathered, self.device)
+                gathered = []
+        if gathered:
+            yield _stack(gathered, self.device)
+
+    def matmul(self, x: Array) -> Array:
+        """ΔW·x for x (n, k)."""
+        return sum(B @ (A @ x) for B, A in self.chunks())
+
+    def rmatmul(self, y: Array) -> Array:
+        """ΔWᵀ·y for y (m, k)."""
+        return sum(A.mT @ (B.mT @ y) for B, A in self.chunks())
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows [start, stop) of ΔW, dense."""
+        return sum(B[start:stop] @ A for B, A in self.chunks())
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Row ranges whose dense blocks hold at most 4 M numbers; fixed by the shape alone."""
+        m, n = self.shape
+        step = max(1, _BLOCK_NUMBERS // max(n, 1))
+        return ((start, min(start + step, m)) for start in range(0, m, step))
+
+    @cached_property
+    def norm(self) -> float:
+        """‖ΔW‖_F from its dense rows, block by block."""
+        squares = [float((block * block).sum()) for block in map(self._block, self.blocks())]
+        return math.sqrt(math.fsum(squares))
+
+    def _block(self, bounds: tuple[int, int]) -> Array:
+        return self.rows(*bounds)
+
+
+def _stack(parts: list[Part], device: str) -> tuple[Array, Array]:
+    pairs = [part.site.factors(device) for part in parts]
+    xp = namespace(pairs[0][0])
+    return xp.concat([B for B, _ in pairs], -1), xp.concat(
+        [A * part.coefficient for (_, A), part in zip(pairs, parts, strict=True)], 0
+    )
+
+
+def column_bound(total: Sum) -> float:
+    """β = Σ_j ‖b_j‖‖a_j‖ of all columns."""
+    bound = 0.0
+    for B, A in total.chunks():
+        xp = namespace(B)
+        bound += float((xp.sqrt((B * B).sum(0)) * xp.sqrt((A * A).sum(-1))).sum())
+    return bound
+
+
+def truncate(total: Sum, rank: int) -> Truncation:
+    """Nearly the best rank-k factors of a sum, with their exact error."""
+    m, n = total.shape
+    width = min(rank + _OVERSAMPLING, m, n)
+    start = _signs(total.module.stem, n, width)
+    sample = total.matmul(like(start, next(total.chunks())[0]))
+    xp = namespace(sample)
+    basis = xp.linalg.qr(sample)[0]
+    norm, before = total.norm, math.inf
+    for done in range(1, _MOST_PASSES + 1):
+        image = total.rmatmul(basis)
+        right, triangle = xp.linalg.qr(image)
+        U, values, Vh = svd(host(triangle).T)
+        kept = float(values[:rank] @ values[:rank])
+        tail = math.sqrt(max(norm * norm - kept, 0.0))
+        settled = abs(before - tail) <= _SETTLED * tail or tail <= _DIRECT * norm
+        if done == _MOST_PASSES or width == min(m, n) or (done > 2 and settled):
+            break
+        before = tail
+        basis = xp.linalg.qr(total.matmul(right))[0]
+    bound = column_bound(total)
+    keep = min(rank, int((values > rank_floor(m, n, bound)).sum()))
+    root = np.sqrt(values[:keep])
+    left, lower = np.zeros((len(U), rank)), np.zeros((rank, Vh.shape[1]))
+    left[:, :keep], lower[:keep] = U[:, :keep] * root, root[:, None] * Vh[:keep]
+    B, A = basis @ like(left, basis), like(lower, basis) @ right.mT
+    if tail <= _DIRECT * norm:
+        tail = _distance(total, B, A)
+    return Truncation(B, A, values[:keep], tail, norm, bound, "range")
+
+
+def _distance(total: Sum, B: Array, A: Array) -> float:
+    """‖ΔW − B·A‖_F measured on dense rows."""
+    squares = []
+    for start, stop in total.blocks():
+        block = total.rows(start, stop) - B[start:stop] @ A
+        squares.append(float((block * block).sum()))
+    return math.sqrt(math.fsum(squares))
+
+
+def spectrum(total: Sum) -> Spectrum:
+    """All singular values, from the dense matrix: with this many columns it is the smaller form."""
+    m, n = total.shape
+    values = np.linalg.svd(host(total.rows(0, m)), compute_uv=False)
+    bound = column_bound(total)
+    rank = int((values > rank_floor(m, n, bound)).sum())
+    size = float(np.sqrt(values @ values))
+    return Spectrum(values, size, bound, rank, total.module.columns, "range")
+
+
+def _signs(stem: str, rows: int, columns: int) -> Matrix:
+    """A ±1 test matrix from raw Philox bits keyed by the module's name."""
+    key = int.from_bytes(hashlib.sha256(stem.encode()).digest()[:16], "little")
+    words = np.random.Philox(key=key).random_raw((rows * columns + 63) // 64)
+    bits = np.unpackbits(words.view(np.uint8), count=rows * columns)
+    signs: Matrix = (2.0 * bits - 1.0).reshape(rows, columns)
+    return signs
+
+
+def inner(total: Sum, B: Array, A: Array) -> tuple[float, ...]:
+    """⟨B·A, cᵢDᵢ⟩ of every part."""
+    result = []
+    for part in total.module.parts:
+        left, right = _stack([part], total.device)
+        result.append(float(((B.mT @ left) * (A @ right.mT)).sum()))
+    return tuple(result)
+
+
+def input_norms(total: Sum) -> tuple[float, ...]:
+    """‖cᵢDᵢ‖ of every part."""
+    return tuple(linalg.norm(*_stack([part], total.device)) for part in total.module.parts)
