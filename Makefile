@@ -23,7 +23,7 @@ long: $(VENV)/dev  ## random searches and crash campaigns
 	$(PY) -m pytest -n 2 --dist loadgroup -m long
 
 wheel: $(VENV)/core  ## the built wheel works without anything but its dependencies
-	tools/wheel_test.sh
+	tests/wheel_test.sh
 
 bench: $(VENV)/dev  ## the README's figures, beside the peers
 	$(PY) benchmarks/merge.py

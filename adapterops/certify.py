@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from adapterops.casts import FORMATS
 from adapterops.certificate import InputReport, ModuleReport, Report, ratio, total
 from adapterops.kernels import Piece
 from adapterops.plan import Plan
@@ -50,7 +51,7 @@ def certify(plan: Plan, pieces: Sequence[Piece], rank: int, provenance: Provenan
     return Report(
         output="",
         dialect=plan.dialect,
-        dtype=plan.dtype,
+        dtype=FORMATS[plan.dtype].name,
         rank=rank,
         size=0,
         norm=norm,
@@ -97,6 +98,7 @@ def _inputs(
 
 
 def notes(plan: Plan, report: Report, copy: bool) -> list[str]:
+    """What a user should know that is no figure and no warning."""
     result = []
     if copy:
         result.append("one adapter with weight 1 and nothing to cut: its tensors are copied")

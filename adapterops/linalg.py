@@ -106,8 +106,8 @@ def cores(B: Array, A: Array) -> list[Core]:
 def _core(gram_b: Matrix, gram_a: Matrix) -> Core:
     norm_b, norm_a = np.sqrt(np.diagonal(gram_b)), np.sqrt(np.diagonal(gram_a))
     live = (norm_b > 0) & (norm_a > 0)
-    shift = np.where(live, np.frexp(norm_a)[1] - np.frexp(norm_b)[1], 0) // 2
-    scale = np.ldexp(1.0, shift)
+    apart = np.log2(np.where(live, norm_a, 1.0)) - np.log2(np.where(live, norm_b, 1.0))
+    scale = np.ldexp(1.0, np.rint(apart / 2).astype(int))
     gram_b = gram_b * scale * scale[:, None]
     gram_a = gram_a / scale / scale[:, None]
     squared = max(float(np.sum(gram_b * gram_a)), 0.0)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from adapterops import kernels, ranks
 from adapterops.card import model_card
+from adapterops.casts import FORMATS
 from adapterops.certificate import PlanReport, RankHint, Report, total
 from adapterops.certify import certify
 from adapterops.certify import notes as measured_notes
@@ -117,8 +118,8 @@ def save(
     """
     plan = align(inputs, weights, modules=options.modules, dtype=options.dtype, to=options.to)
     out, directory, notes = output_path(options.out, plan.dialect)
-    final = check_output(out, directory=directory, overwrite=options.overwrite)
-    _check_apart(final, inputs)
+    _check_apart(Path(os.path.realpath(out)), inputs)
+    check_output(out, directory=directory, overwrite=options.overwrite)
     extras, dropped = plan_extras(inputs, weights, options.extras)
     copy = _is_copy(plan, options)
     if not copy:
@@ -304,15 +305,15 @@ def _within(
     size = float(tail[0])
     rank = min(ranks.smallest(tail, max_error * size), full)
     while True:
-        pieces = list(_factors(plan, rank, on, options))
-        error = total([piece.figures.total for piece in pieces])
+        figures = [piece.figures for piece in _factors(plan, rank, on, options)]
+        error = total([figure.total for figure in figures])
         if error <= max_error * size:
             return rank
-        storage = total([piece.figures.storage for piece in pieces])
+        storage = total([figure.storage for figure in figures])
         if rank == full or storage > max_error * size:
             raise BudgetError(
                 f"--max-error {max_error:g} cannot be met: storing the result as "
-                f"{plan.dtype} alone costs {storage / size:.2g}",
+                f"{FORMATS[plan.dtype].name} alone costs {storage / size:.2g}",
                 hint="add --dtype float32" if plan.dtype != "F32" else "allow a larger error",
             )
         room = (max_error * size) ** 2 - storage**2
@@ -416,9 +417,7 @@ def _check_promises(report: Report, pieces: Sequence[Piece], options: Options) -
 
 
 def _check_unchanged(file: AdapterFile) -> None:
-    for ref in (*(s.parts["A"] for s in file.sites.values()), *file.extras.values()):
-        ref.source.check_unchanged()
-        return
+    next(iter(file.sites.values())).parts["A"].source.check_unchanged()
 
 
 def _companions(
@@ -465,4 +464,5 @@ def _planned(
         for part in module.parts:
             widths[part.input] = part.site.rank
         modules[module.stem] = (module.shape, tuple(widths))
-    return PlanReport(options.out, plan.dialect, plan.dtype, rank, size, modules, extras)
+    dtype = FORMATS[plan.dtype].name
+    return PlanReport(options.out, plan.dialect, dtype, rank, size, modules, extras)

@@ -29,10 +29,10 @@ _HASH_BLOCK = 1 << 20
 class TensorWriter:
     """A safetensors file with a reserved header: data at their offsets first, the header last."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry], reserve: int) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, Entry], header_size: int) -> None:
         self.path = path
         self.entries = entries
-        self.header_size = -(-(len(encode_header(entries, {})) + reserve) // 8) * 8
+        self.header_size = header_size
         self.data_size = max((entry.end for entry in entries.values()), default=0)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
@@ -92,18 +92,17 @@ class Staging:
         if directory:
             self.root.mkdir()
 
-    def tensors(self, name: str, entries: Mapping[str, Entry], reserve: int) -> TensorWriter:
+    def tensors(self, name: str, entries: Mapping[str, Entry], header_size: int) -> TensorWriter:
         """A tensor file called `name`; checks first that the disk has room for it."""
         path = self._place(name)
-        needed = len(encode_header(entries, {})) + reserve
-        needed += max((entry.end for entry in entries.values()), default=0)
+        needed = header_size + max((entry.end for entry in entries.values()), default=0)
         status = os.statvfs(path.parent)
         free = status.f_bavail * status.f_frsize
         if free < needed:
             raise FileError(
                 f"the output needs {needed} bytes, the disk has {free} free", path=self.final
             )
-        writer = TensorWriter(path, entries, reserve)
+        writer = TensorWriter(path, entries, header_size)
         self._writers.append(writer)
         return writer
 

@@ -18,6 +18,7 @@ def figure(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
+    """A fraction in per cent, or a dash where it is undefined."""
     return "–" if value is None else f"{100 * value:.3g} %"
 
 

@@ -8,7 +8,7 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install -q "$work"/adapterops-*.whl
 cd "$work"
-"$work/venv/bin/python" "$OLDPWD/tools/make_pair.py" "$work"
+"$work/venv/bin/python" "$OLDPWD/tests/make_pair.py" "$work"
 export PATH="$work/venv/bin:$PATH"
 adapterops --help >/dev/null
 adapterops merge a.safetensors b.safetensors --weights 0.7,0.3

@@ -1,0 +1,89 @@
+"""Imports point one way, and the public names are what is promised."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import adapterops
+
+PACKAGE = Path(adapterops.__file__).parent
+
+# A module may import from its own layer and from those before it.
+LAYERS = [
+    {"", "errors", "arrays"},
+    {"files", "casts", "linalg", "factors", "stream"},
+    {"formats", "certificate", "options"},
+    {"plan", "ranks", "provenance", "extras"},
+    {"streamed", "kernels", "layout", "certify", "card"},
+    {"save"},
+    {"adapter"},
+    {"verbs"},
+    {"render"},
+    {"cli"},
+]
+
+
+def layer_of(module: str) -> int:
+    head = (module.split(".") + [""])[1]
+    return next(index for index, names in enumerate(LAYERS) if head in names)
+
+
+def imports(path: Path) -> set[str]:
+    """adapterops modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "adapterops":
+                known = {a.name for a in node.names if (PACKAGE / f"{a.name}.py").exists()}
+                found |= {f"adapterops.{name}" for name in known} or {"adapterops"}
+            else:
+                found.add(node.module)
+    return {name for name in found if name.partition(".")[0] == "adapterops"}
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        name = ".".join(p for p in parts if p != "__init__")
+        if name in ("adapterops", "adapterops.__main__"):
+            continue
+        wrong += [
+            f"{name} imports {other}" for other in imports(path) if layer_of(other) > layer_of(name)
+        ]
+    assert not wrong
+
+
+def test_public_names():
+    assert adapterops.__all__ == [
+        "Adapter",
+        "AdapterOpsError",
+        "Factors",
+        "ModuleReport",
+        "PlanReport",
+        "Report",
+        "__version__",
+        "merge",
+        "open_adapter",
+    ]
+    for name in adapterops.__all__:
+        assert getattr(adapterops, name) is not None
+    assert callable(adapterops.merge)  # no submodule of that name shadows the function
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    assert not modules & set(adapterops.__all__)
+
+
+def test_every_module_and_public_function_is_documented():
+    missing = []
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        if path.read_text().strip() and not ast.get_docstring(tree) and path.name != "__main__.py":
+            missing.append(str(path))
+        for node in tree.body:
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
+            if public and path.name != "errors.py" and not ast.get_docstring(node):
+                missing.append(f"{path.name}:{node.name}")
+    assert not missing

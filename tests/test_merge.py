@@ -1,0 +1,450 @@
+"""merge end to end: files in, files out, judged densely in float64."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import adapterops as ao
+from adapterops.errors import (
+    BudgetError,
+    IncompatibleError,
+    NumericsError,
+    UnsupportedError,
+    UsageError,
+)
+from tests.support import (
+    dense,
+    distance,
+    pairs,
+    read_kohya,
+    read_peft,
+    weighted,
+    write_kohya,
+    write_peft,
+)
+
+SHAPES = {f"model.layers.{i}.self_attn.{p}_proj": (24, 32) for i in range(2) for p in "qv"}
+STORAGE = {"float32": 1e-7, "float16": 2e-3, "bfloat16": 1.5e-2}
+
+
+def two(tmp_path: Path, **kwargs) -> tuple[Path, Path, dict, dict]:
+    """Two adapters of rank 3 and 2 with different alphas, and their dense deltas."""
+    a, b = pairs(1, SHAPES, 3), pairs(2, SHAPES, 2)
+    left = write_peft(tmp_path / "a", a, alpha=6, **kwargs)
+    right = write_peft(tmp_path / "b", b, alpha=1, **kwargs)
+    return left, right, dense(a, 2.0), dense(b, 0.5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("device", ["cpu", "torch"])
+@pytest.mark.parametrize("rank", [None, 1, 3, 5, 9, "same"])
+def test_sum_is_exact_and_certificate_is_true(tmp_path, dtype, device, rank):
+    a, b, da, db = two(tmp_path)
+    report = ao.merge(
+        [a, b], [0.7, -0.3], out=tmp_path / "m", dtype=dtype, rank=rank, device=device
+    )
+    exact = weighted((0.7, da), (-0.3, db))
+    got = read_peft(tmp_path / "m")
+    assert report.rank == {None: 5, "same": 3}.get(rank, rank)
+    error = distance(got, exact)
+    assert error == pytest.approx(report.error, rel=1e-6, abs=1e-14)
+    best = weighted_truncation(exact, report.rank)
+    assert error <= math.hypot(best, STORAGE[dtype]) and report.truncation == pytest.approx(
+        best, rel=1e-9, abs=1e-12
+    )
+    for name, module in report.modules.items():
+        one = distance({name: got[name]}, {name: exact[name]})
+        assert module.error == pytest.approx(one, rel=1e-6, abs=1e-14)
+        assert module.norm == pytest.approx(np.linalg.norm(exact[name]), rel=1e-12)
+        sizes = 0.7 * np.linalg.norm(da[name]), 0.3 * np.linalg.norm(db[name])
+        assert module.shares == pytest.approx([s / sum(sizes) for s in sizes])
+        kept = [np.sum(got[name] * d[name]) / np.sum(d[name] ** 2) for d in (da, db)]
+        assert module.retention == pytest.approx(kept, rel=1e-9)
+
+
+def weighted_truncation(exact, rank: int) -> float:
+    """The least relative error of any adapter of this uniform rank."""
+    values = [np.linalg.svd(value, compute_uv=False) for value in exact.values()]
+    lost = sum(float(np.sum(s[rank:] ** 2)) for s in values)
+    return math.sqrt(lost / sum(float(np.sum(s**2)) for s in values))
+
+
+def test_kohya_pair_by_the_missions_command_shape(tmp_path):
+    shapes = {f"lora_unet_down_blocks_{i}_attn_to_q": (16, 20) for i in range(3)}
+    a, b = pairs(1, shapes, 4), pairs(2, shapes, 4)
+    files = [
+        write_kohya(tmp_path / f"{n}.safetensors", f, alpha=2)
+        for n, f in zip("ab", (a, b), strict=True)
+    ]
+    report = ao.merge(files, [0.7, 0.3], out=tmp_path / "merged")
+    assert report.output == str(tmp_path / "merged.safetensors")
+    assert any("one file" in note for note in report.notes)
+    exact = weighted((0.7, dense(a, 0.5)), (0.3, dense(b, 0.5)))
+    assert distance(read_kohya(tmp_path / "merged.safetensors"), exact) < 1e-7
+    assert (tmp_path / "merged.adapterops.json").is_file()
+
+
+def test_different_targets_ranks_dtypes(tmp_path):
+    a = pairs(1, {"x.q": (16, 24), "x.k": (16, 24)}, 3, np.float16)
+    b = pairs(2, {"x.k": (16, 24), "x.v": (8, 24)}, 2, np.float32)
+    write_peft(tmp_path / "a", a)
+    write_peft(tmp_path / "b", b, use_rslora=True, alpha=5.0)
+    ao.merge([tmp_path / "a", tmp_path / "b"], [1, 2], out=tmp_path / "m", dtype="fp32")
+    exact = weighted((1, dense(a)), (2, dense(b, 5 / math.sqrt(2))))
+    assert distance(read_peft(tmp_path / "m"), exact) < 1e-7
+
+
+class TestLaws:
+    def test_identity(self, tmp_path):
+        a, b, da, _ = two(tmp_path)
+        report = ao.merge([a, b], [1, 0], out=tmp_path / "m")
+        assert distance(read_peft(tmp_path / "m"), da) < 1e-15 and report.rank == 3
+
+    def test_copies_at_one_over_k(self, tmp_path):
+        a, _, da, _ = two(tmp_path)
+        report = ao.merge([a] * 4, [0.25] * 4, out=tmp_path / "m", dtype="float32")
+        assert distance(read_peft(tmp_path / "m"), da) < 1e-7
+        assert report.rank == 3  # the numerical rank, not 12
+
+    def test_order_does_not_matter(self, tmp_path):
+        a, b, *_ = two(tmp_path)
+        ao.merge([a, b], [0.7, 0.3], out=tmp_path / "m", rank=2)
+        ao.merge([b, a], [0.3, 0.7], out=tmp_path / "n", rank=2)
+        assert distance(read_peft(tmp_path / "m"), read_peft(tmp_path / "n")) < 1e-6
+
+    def test_linear_in_the_weights(self, tmp_path):
+        a, b, da, db = two(tmp_path)
+        ao.merge([a, b], [2.5, -4.0], out=tmp_path / "m", dtype="float32")
+        assert distance(read_peft(tmp_path / "m"), weighted((2.5, da), (-4.0, db))) < 1e-7
+
+    @pytest.mark.parametrize("rank", [None, 2])
+    def test_same_bytes_for_any_threads_and_memory(self, tmp_path, rank):
+        a, b, *_ = two(tmp_path)
+        outputs = set()
+        for jobs, memory in itertools.product([1, 2, 3], ["1kB", "1GB"]):
+            out = tmp_path / f"{jobs}{memory}"
+            ao.merge([a, b], [0.7, 0.3], out=out, rank=rank, jobs=jobs, memory=memory)
+            outputs.add((out / "adapter_model.safetensors").read_bytes())
+        assert len(outputs) == 1
+
+    def test_gauge_does_not_matter(self, tmp_path):
+        factors = pairs(1, SHAPES, 3, np.float64)
+        G = np.array([[1, 5, 0], [0, 1e-3, 7], [0, 0, 1e3]])
+        turned = {k: (B @ G, np.linalg.solve(G, A)) for k, (B, A) in factors.items()}
+        write_peft(tmp_path / "a", factors)
+        write_peft(tmp_path / "b", turned)
+        for name in "ab":
+            ao.merge([tmp_path / name], out=tmp_path / f"m{name}", rank=2, dtype="float32")
+        assert distance(read_peft(tmp_path / "ma"), read_peft(tmp_path / "mb")) < 1e-6
+
+
+class TestRanks:
+    def test_energy_keeps_its_share_with_the_smallest_rank(self, tmp_path):
+        a, b, da, db = two(tmp_path)
+        exact = weighted((1, da), (1, db))
+        for energy in (0.5, 0.9, 0.99, 1.0):
+            report = ao.merge([a, b], [1, 1], out=tmp_path / f"e{energy}", energy=energy)
+            limit = math.sqrt(1 - energy)
+            assert weighted_truncation(exact, report.rank) <= limit + 1e-9
+            assert report.rank == 1 or weighted_truncation(exact, report.rank - 1) > limit
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("bound", [0.6, 0.3, 0.1, 0.02])
+    def test_max_error_is_a_promise_at_the_smallest_rank(self, tmp_path, bound, dtype):
+        a, b, da, db = two(tmp_path)
+        exact = weighted((1, da), (1, db))
+        report = ao.merge([a, b], [1, 1], out=tmp_path / "m", max_error=bound, dtype=dtype)
+        assert distance(read_peft(tmp_path / "m"), exact) <= bound
+        assert report.error <= bound
+        assert report.rank == 1 or weighted_truncation(exact, report.rank - 1) > 0.99 * bound
+
+    def test_max_error_below_the_formats_floor_is_refused(self, tmp_path):
+        a, b, *_ = two(tmp_path)
+        with pytest.raises(BudgetError, match=r"BF16|bfloat16.*") as caught:
+            ao.merge([a, b], [0.7, 1], out=tmp_path / "m", max_error=1e-4, dtype="bfloat16")
+        assert "--dtype float32" in str(caught.value) and caught.value.exit_code == 5
+        assert not (tmp_path / "m").exists()
+        ao.merge([a, b], [0.7, 1], out=tmp_path / "m", max_error=1e-4, dtype="float32")
+
+    def test_size_counts_the_whole_file(self, tmp_path):
+        a, b, *_ = two(tmp_path)
+        full = ao.merge([a, b], [1, 1], out=tmp_path / "full")
+        for size in (full.size, full.size - 1, full.size - 3000):
+            report = ao.merge([a, b], [1, 1], out=tmp_path / f"s{size}", size=size)
+            written = (tmp_path / f"s{size}" / "adapter_model.safetensors").stat().st_size
+            assert written == report.size <= size
+        assert report.rank < full.rank
+        with pytest.raises(BudgetError, match="smallest adapter of rank 1 has"):
+            ao.merge([a, b], [1, 1], out=tmp_path / "no", size="1kB")
+
+    def test_hints_are_what_a_smaller_rank_really_costs(self, tmp_path):
+        a, b = pairs(1, {"q": (40, 50)}, 9), pairs(2, {"q": (40, 50)}, 9)
+        write_peft(tmp_path / "a", a)
+        write_peft(tmp_path / "b", b)
+        inputs = [tmp_path / "a", tmp_path / "b"]
+        report = ao.merge(inputs, [1, 1], out=tmp_path / "m", command=lambda r: f"run {r}")
+        assert [hint.rank for hint in report.hints] == [1, 8, 9, 16]
+        for hint in report.hints:
+            cut = ao.merge(inputs, [1, 1], out=tmp_path / f"m{hint.rank}", rank=hint.rank)
+            assert cut.truncation == pytest.approx(hint.error, rel=1e-9)
+            assert hint.command == f"run {hint.rank}"
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"rank": 4, "energy": 0.9},
+            {"rank": 0},
+            {"rank": -1},
+            {"energy": 0},
+            {"energy": 1.1},
+            {"max_error": 0},
+            {"max_error": math.nan},
+            {"size": "ten"},
+            {"size": 0},
+        ],
+        ids=str,
+    )
+    def test_nonsense_is_refused(self, tmp_path, options):
+        a, b, *_ = two(tmp_path)
+        with pytest.raises(UsageError):
+            ao.merge([a, b], [1, 1], out=tmp_path / "m", **options)
+
+    def test_lossless_larger_than_dense_is_refused_with_the_way_out(self, tmp_path):
+        shapes = {"q": (12, 12)}
+        for name, seed in zip("ab", (1, 2), strict=True):
+            write_peft(tmp_path / name, pairs(seed, shapes, 4))
+        inputs = [tmp_path / "a", tmp_path / "b"]
+        with pytest.raises(UsageError, match=r"192 numbers.*144.*--rank") as caught:
+            ao.merge(inputs, [1, 1], out=tmp_path / "m")
+        assert caught.value.exit_code == 2
+        assert ao.merge(inputs, [1, 1], out=tmp_path / "m", rank="same").rank == 4
+
+
+class TestManyInputs:
+    def test_streamed_sum_of_many_columns(self, tmp_path):
+        shapes = {"x.q": (64, 80), "x.gate": (3, 80)}
+        rng = np.random.default_rng(0)
+        weights = rng.standard_normal(140).tolist()
+        terms = []
+        for index, weight in enumerate(weights):
+            factors = pairs(index, shapes, 8, np.float16)
+            write_peft(tmp_path / f"a{index}", factors)
+            terms.append((weight, dense(factors)))
+        inputs = [tmp_path / f"a{index}" for index in range(140)]
+        exact = weighted(*terms)
+        for device in ("cpu", "torch"):
+            out = tmp_path / f"m{device}"
+            report = ao.merge(inputs, weights, out=out, rank=4, device=device)
+            assert {m.route for m in report.modules.values()} == {"range"}
+            got = read_peft(out)
+            assert distance(got, exact) == pytest.approx(report.error, rel=1e-9)
+            assert report.truncation <= weighted_truncation(exact, 4) * (1 + 1e-3)
+            kept = np.sum(got["x.q"] * terms[5][1]["x.q"]) / np.sum(terms[5][1]["x.q"] ** 2)
+            assert report.modules["x.q"].retention[5] == pytest.approx(kept, rel=1e-9)
+        by_energy = ao.merge(inputs, weights, out=tmp_path / "e", energy=0.5)
+        assert weighted_truncation(exact, by_energy.rank) <= math.sqrt(0.5) + 1e-9
+        assert weighted_truncation(exact, by_energy.rank - 1) > math.sqrt(0.5)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("weights", "normalize", "message"),
+        [
+            (None, False, "2 adapters need 2 weights"),
+            ([1.0], False, "1 weights for 2 adapters"),
+            ([1.0, math.nan], False, "not a finite number"),
+            ([1.0, math.inf], False, "not a finite number"),
+            ([1.0, -1.0], True, "sum of the weights, which is 0"),
+        ],
+    )
+    def test_weights(self, tmp_path, weights, normalize, message):
+        a, b, *_ = two(tmp_path)
+        with pytest.raises(UsageError, match=message) as caught:
+            ao.merge([a, b], weights, out=tmp_path / "m", normalize=normalize)
+        assert caught.value.exit_code == 2
+
+    def test_normalize_and_zero_sum(self, tmp_path):
+        a, b, da, db = two(tmp_path)
+        ao.merge([a, b], [3, 1], out=tmp_path / "n", normalize=True, dtype="float32")
+        assert distance(read_peft(tmp_path / "n"), weighted((0.75, da), (0.25, db))) < 1e-7
+        ao.merge([a, b], [1, -1], out=tmp_path / "d", dtype="float32")  # Σw = 0 alone is legal
+        assert distance(read_peft(tmp_path / "d"), weighted((1, da), (-1, db))) < 1e-7
+
+    @pytest.mark.parametrize("weights", [[1, -1], [0, 0]], ids=str)
+    def test_a_result_of_nothing_is_refused(self, tmp_path, weights):
+        a, *_ = two(tmp_path)
+        with pytest.raises(NumericsError) as caught:
+            ao.merge([a, a], weights, out=tmp_path / "m")
+        assert caught.value.exit_code == 5 and not (tmp_path / "m").exists()
+
+    def test_a_refactored_copy_subtracted_is_seen_as_nothing(self, tmp_path):
+        factors = pairs(1, SHAPES, 3, np.float64)
+        G = np.array([[2.0, 0, 0], [1, 4, 0], [0, 0, 0.5]])
+        inverse = np.linalg.inv(G)  # exact in binary
+        turned = {k: (B @ G, inverse @ A) for k, (B, A) in factors.items()}
+        write_peft(tmp_path / "a", factors)
+        write_peft(tmp_path / "b", turned)
+        with pytest.raises(NumericsError, match="cancel"):
+            ao.merge([tmp_path / "a", tmp_path / "b"], [1, -1], out=tmp_path / "m")
+
+    def test_one_cancelling_module_is_written_as_zeros(self, tmp_path):
+        a = pairs(1, SHAPES, 3)
+        b = {**pairs(2, SHAPES, 3), (name := next(iter(SHAPES))): a[next(iter(SHAPES))]}
+        write_peft(tmp_path / "a", a)
+        write_peft(tmp_path / "b", b)
+        report = ao.merge([tmp_path / "a", tmp_path / "b"], [1, -1], out=tmp_path / "m")
+        assert not np.any(read_peft(tmp_path / "m")[name])
+        module = report.modules[name]
+        assert module.norm <= module.floor and module.error is None
+
+    def test_shapes_that_differ_name_both(self, tmp_path):
+        write_peft(tmp_path / "a", pairs(1, {"m.q": (8, 12)}, 2))
+        write_peft(tmp_path / "b", pairs(1, {"m.q": (8, 16)}, 2))
+        with pytest.raises(IncompatibleError, match=r"module m\.q: .*in=12.*in=16") as caught:
+            ao.merge([tmp_path / "a", tmp_path / "b"], [1, 1], out=tmp_path / "m")
+        assert caught.value.exit_code == 4
+
+    def test_nothing_in_common(self, tmp_path):
+        write_peft(tmp_path / "a", pairs(1, {"m.q": (8, 12)}, 2))
+        write_peft(tmp_path / "b", pairs(1, {"n.q": (8, 12)}, 2))
+        with pytest.raises(IncompatibleError, match=r"nothing|no module in common"):
+            ao.merge([tmp_path / "a", tmp_path / "b"], [1, 1], out=tmp_path / "m")
+
+    def test_dialects_do_not_mix(self, tmp_path):
+        write_peft(tmp_path / "a", pairs(1, {"m.q": (8, 12)}, 2))
+        write_kohya(tmp_path / "b.safetensors", pairs(1, {"lora_unet_q": (8, 12)}, 2), alpha=2)
+        with pytest.raises(UnsupportedError, match=r"peft.*kohya"):
+            ao.merge([tmp_path / "a", tmp_path / "b.safetensors"], [1, 1], out=tmp_path / "m")
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("rank", [None, 1])
+    def test_nonfinite_factors_name_tensor_and_count(self, tmp_path, value, rank):
+        factors = pairs(1, SHAPES, 3)
+        name = sorted(SHAPES)[1]
+        factors[name][0][2, 1] = value
+        write_peft(tmp_path / "a", factors)
+        with pytest.raises(NumericsError, match=r"1 of 72 values.*lora_B.*NaN or infinite") as e:
+            ao.merge([tmp_path / "a"], out=tmp_path / "m", rank=rank)
+        assert e.value.module == name and e.value.exit_code == 5
+        assert not (tmp_path / "m").exists()
+
+    def test_overflow_of_the_output_type(self, tmp_path):
+        factors = {"q": (np.full((4, 1), 3e6, np.float32), np.full((1, 4), 3e6, np.float32))}
+        write_peft(tmp_path / "a", factors)
+        with pytest.raises(NumericsError, match=r"module q: .*float16.*--dtype float32"):
+            ao.merge([tmp_path / "a"], out=tmp_path / "m", dtype="float16")
+        ao.merge([tmp_path / "a"], out=tmp_path / "m", dtype="bfloat16")
+
+    def test_bases_that_differ_warn_and_strict_refuses(self, tmp_path):
+        a, b, *_ = two(tmp_path)
+        config = json.loads((b / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = "other/base"
+        (b / "adapter_config.json").write_text(json.dumps(config))
+        report = ao.merge([a, b], [1, 1], out=tmp_path / "m")
+        assert any("tiny/base" in w and "other/base" in w for w in report.warnings)
+        with pytest.raises(IncompatibleError, match="--strict"):
+            ao.merge([a, b], [1, 1], out=tmp_path / "n", strict=True)
+
+    @pytest.mark.parametrize("pattern", ["q_proj", "model[", "nothing.*"])
+    def test_modules_must_match_as_a_whole(self, tmp_path, pattern):
+        a, b, *_ = two(tmp_path)
+        with pytest.raises(UsageError, match="--modules"):
+            ao.merge([a, b], [1, 1], out=tmp_path / "m", modules=pattern)
+
+    def test_modules_selects(self, tmp_path):
+        a, b, da, db = two(tmp_path)
+        ao.merge([a, b], [1, 1], out=tmp_path / "m", modules=r".*\.q_proj", dtype="float32")
+        exact = {k: v for k, v in weighted((1, da), (1, db)).items() if k.endswith("q_proj")}
+        assert distance(read_peft(tmp_path / "m"), exact) < 1e-7
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"dtype": "int8"}, {"device": "tpu"}, {"extras": "guess"}, {"jobs": 0}, {"memory": "0"}],
+        ids=str,
+    )
+    def test_unknown_options(self, tmp_path, options):
+        a, b, *_ = two(tmp_path)
+        with pytest.raises(UsageError):
+            ao.merge([a, b], [1, 1], out=tmp_path / "m", **options)
+
+    def test_zero_adapter_is_a_result_not_an_error(self, tmp_path):
+        factors = {k: (0 * B, A) for k, (B, A) in pairs(1, SHAPES, 2).items()}
+        write_peft(tmp_path / "z", factors)
+        _, b, _, db = two(tmp_path)
+        report = ao.merge([tmp_path / "z", b], [1, 1], out=tmp_path / "m")
+        assert distance(read_peft(tmp_path / "m"), db) < 1e-7
+        assert report.inputs[0].retention is None and report.inputs[0].share == 0.0
+        assert "NaN" not in json.dumps(report.to_dict())
+        alone = ao.merge([tmp_path / "z"], out=tmp_path / "z2", rank=1)
+        assert alone.error == 0.0 and any("zero" in note for note in alone.notes)
+
+
+class TestAlgebra:
+    def test_operators_write_the_same_bytes_as_merge(self, tmp_path):
+        a, b, *_ = two(tmp_path)
+        ao.merge([a, b], [0.7, 0.3], out=tmp_path / "m", rank=2)
+        mix = 0.7 * ao.open_adapter(a) + 0.3 * ao.open_adapter(b)
+        mix.save(tmp_path / "n", rank=2)
+        ao.merge([mix], out=tmp_path / "o", rank=2)
+        first = (tmp_path / "m" / "adapter_model.safetensors").read_bytes()
+        for name in "no":
+            assert (tmp_path / name / "adapter_model.safetensors").read_bytes() == first
+
+    def test_lookup_is_the_exact_sum(self, tmp_path):
+        a, b, da, db = two(tmp_path)
+        mix = (ao.open_adapter(a) - 2 * ao.open_adapter(b)) / 4
+        exact = weighted((0.25, da), (-0.5, db))
+        assert set(mix) == set(exact) and len(mix) == len(exact)
+        for name, factors in mix.items():
+            np.testing.assert_allclose(factors.dense(), exact[name], rtol=1e-12, atol=1e-14)
+        with pytest.raises(KeyError):
+            mix["no.such"]
+
+    def test_an_adapter_minus_itself_is_nothing(self, tmp_path):
+        a, *_ = two(tmp_path)
+        adapter = ao.open_adapter(a)
+        assert (adapter + adapter).terms == ((2.0, adapter.terms[0][1]),)
+        with pytest.raises(NumericsError, match="zero"):
+            (adapter - adapter).save(tmp_path / "m")
+
+    def test_only_adapters_and_numbers(self, tmp_path):
+        a, *_ = two(tmp_path)
+        with pytest.raises(TypeError):
+            ao.open_adapter(a) + 1
+        with pytest.raises(TypeError):
+            ao.open_adapter(a) * "x"
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(
+        st.tuples(st.floats(-3, 3).filter(lambda w: abs(w) > 1e-3), st.integers(1, 6)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 1000),
+)
+def test_any_sum_matches_its_certificate(tmp_path_factory, terms, seed):
+    tmp_path = tmp_path_factory.mktemp("law")
+    shapes = {"a.q": (30, 41), "a.k": (33, 30)}
+    summands = []
+    for index, (weight, rank) in enumerate(terms):
+        factors = pairs(seed + index, shapes, rank, np.float16)
+        write_peft(tmp_path / str(index), factors, alpha=2 * rank)
+        summands.append((weight, dense(factors, 2.0)))
+    report = ao.merge(
+        [tmp_path / str(i) for i in range(len(terms))],
+        [weight for weight, _ in terms],
+        out=tmp_path / "m",
+        rank=3,
+    )
+    error = distance(read_peft(tmp_path / "m"), weighted(*summands))
+    assert error == pytest.approx(report.error, rel=1e-5, abs=1e-13)
