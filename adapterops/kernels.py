@@ -14,6 +14,7 @@ import numpy as np
 from adapterops import casts, linalg, streamed
 from adapterops.arrays import Array, host, namespace
 from adapterops.certificate import Figures
+from adapterops.errors import NumericsError
 from adapterops.linalg import Core, Spectrum, Truncation
 from adapterops.plan import Module
 from adapterops.streamed import Sum
@@ -45,16 +46,15 @@ def spectra(modules: Sequence[Module], device: str) -> list[Spectrum]:
     """Singular values and numerical rank of each module's exact sum."""
     if modules[0].columns > streamed.LARGE:
         return [streamed.spectrum(Sum(module, device)) for module in modules]
-    B, A = _stacked(modules, device)
-    return [linalg.spectrum(B[i], A[i], core) for i, core in enumerate(linalg.cores(B, A))]
+    B, A, cores = _stacked(modules, device)
+    return [linalg.spectrum(B[i], A[i], core) for i, core in enumerate(cores)]
 
 
 def factors(modules: Sequence[Module], rank: int, dtype: str, device: str) -> list[Piece]:
     """Each module's sum at `rank`, rounded once to `dtype`, with its exact error."""
     if streamed.applies(modules[0], rank):
         return [_streamed(Sum(module, device), rank, dtype) for module in modules]
-    B, A = _stacked(modules, device)
-    cores = linalg.cores(B, A)
+    B, A, cores = _stacked(modules, device)
     results = linalg.truncate(B, A, rank, cores)
     return [
         _piece(module, B[i], A[i], cores[i], result, dtype)
@@ -85,41 +85,79 @@ def copied(module: Module) -> Piece:
     return Piece(module.stem, refs["B"].raw().data, refs["A"].raw().data, bias, figures)
 
 
-def _stacked(modules: Sequence[Module], device: str) -> tuple[Array, Array]:
-    """All columns of each module, coefficients folded into A: (k, m, R) and (k, R, n)."""
+def _stacked(modules: Sequence[Module], device: str) -> tuple[Array, Array, list[Core]]:
+    """All columns of each module, coefficients folded into A, (k, m, R) and (k, R, n); cores."""
     pairs = [_columns(module, device) for module in modules]
     if len(pairs) == 1:
-        return pairs[0][0][None], pairs[0][1][None]
-    xp = namespace(pairs[0][0])
-    return xp.stack([b for b, _ in pairs]), xp.stack([a for _, a in pairs])
+        B, A = pairs[0][0][None], pairs[0][1][None]
+    else:
+        xp = namespace(pairs[0][0])
+        B, A = xp.stack([b for b, _ in pairs]), xp.stack([a for _, a in pairs])
+    cores = linalg.cores(B, A)
+    for module, core in zip(modules, cores, strict=True):
+        _check_finite(module, core)
+    return B, A, cores
 
 
 def _columns(module: Module, device: str) -> tuple[Array, Array]:
-    left, right = [], []
+    if device == "cpu":
+        B = np.empty((module.shape[0], module.columns))
+        A = np.empty((module.columns, module.shape[1]))
+        for part, rows in zip(module.parts, _slices(module), strict=True):
+            part.site.factors_into(B[:, rows], A[rows])
+            A[rows] *= part.coefficient
+        return B, A
+    pairs = [part.site.factors(device) for part in module.parts]
+    xp = namespace(pairs[0][0])
+    scaled = [A * part.coefficient for (_, A), part in zip(pairs, module.parts, strict=True)]
+    return xp.concat([B for B, _ in pairs], -1), xp.concat(scaled, 0)
+
+
+def _check_finite(module: Module, core: Core) -> None:
+    """A NaN or infinity anywhere shows in β; who is to blame is found only then."""
+    if math.isfinite(core.beta) and math.isfinite(core.norm):
+        return
     for part in module.parts:
-        B, A = part.site.factors(device)
-        left.append(B)
-        right.append(A * part.coefficient)
-    if len(left) == 1:
-        return left[0], right[0]
-    xp = namespace(left[0])
-    return xp.concat(left, -1), xp.concat(right, 0)
+        part.site.factors()
+    raise NumericsError("its factors are too large for float64 products", module=module.stem)
 
 
 def _piece(module: Module, B: Array, A: Array, core: Core, result: Truncation, dtype: str) -> Piece:
+    """Store the truncated factors W′ = B′·A′ and measure what the rounding E_B, E_A did.
+
+    W̃ − W′ = E_B·A′ + B′·E_A + E_B·E_A; its norm and inner products are sums of small products, of
+    which only those with E need the long factors. W′ spans singular directions of ΔW, so of W̃ − W′
+    only E_B·E_A meets the part cut off.
+    """
     stored = _Stored.of(module, result, dtype)
-    cross = 0.0
-    if result.tail > 0.0:
-        # W′ spans singular directions, so of the storage error E_B·A′ + B′·E_A + E_B·E_A only the
-        # second order meets the part cut off: ⟨ΔW − W′, E_B·A′ + B′·E_A⟩ = 0.
-        cross = _inner(B, A, stored.error_b, stored.error_a) - _inner(
-            result.B, result.A, stored.error_b, stored.error_a
-        )
-    inner = host(((stored.B.mT @ B) * (stored.A @ A.mT)).sum(0))
+    down, up = core.scale[:, None], 1 / core.scale[:, None]
+    with_b = host(B.mT @ stored.error_b) * down  # (R, k), columns scaled as in the core
+    with_a = host(A @ stored.error_a.mT) * up
+    if result.right is not None and result.left is not None:
+        new_b, new_a = result.right.T @ core.gram_b, result.left @ core.gram_a
+        own_b, own_a = new_b @ result.right, new_a @ result.left.T
+        cross_b, cross_a = result.right.T @ with_b, result.left @ with_a
+    else:
+        new_b, new_a = host(result.B.mT @ B) * down.T, host(result.A @ A.mT) * up.T
+        own_b, own_a = host(result.B.mT @ result.B), host(result.A @ result.A.mT)
+        cross_b = host(result.B.mT @ stored.error_b)
+        cross_a = host(result.A @ stored.error_a.mT)
+    error_b = host(stored.error_b.mT @ stored.error_b)
+    error_a = host(stored.error_a @ stored.error_a.mT)
+    straight = np.sum(error_b * own_a) + np.sum(own_b * error_a) + np.sum(error_b * error_a)
+    mixed = np.sum(cross_b.T * cross_a) + np.sum(error_b * cross_a) + np.sum(cross_b * error_a)
+    squared = float(straight + 2 * mixed)
+    if squared >= linalg.GRAM_NORM**2 * float(straight):
+        storage = math.sqrt(max(squared, 0.0))
+    else:
+        storage = linalg.norm(*stored.change(result))
+    cut = float(np.sum(with_b * with_a) - np.sum(cross_b * cross_a)) if result.tail else 0.0
+    inner = np.sum((new_b + with_b.T) * (new_a + with_a.T), axis=0)
     return stored.piece(
         module,
         result,
-        cross,
+        storage,
+        cut,
         _input_norms(module, B, A, core),
         tuple(float(inner[rows].sum()) for rows in _slices(module)),
     )
@@ -135,6 +173,7 @@ def _streamed(total: Sum, rank: int, dtype: str) -> Piece:
     return stored.piece(
         total.module,
         result,
+        linalg.norm(change_b, change_a),
         cross,
         streamed.input_norms(total),
         streamed.inner(total, stored.B, stored.A),
@@ -168,7 +207,8 @@ class _Stored:
             A,
             B - result.B,
             A - result.A,
-            casts.count_subnormal(result.B, B, dtype) + casts.count_subnormal(result.A, A, dtype),
+            casts.count_subnormal(result.B, stored_b, dtype)
+            + casts.count_subnormal(result.A, stored_a, dtype),
         )
 
     def change(self, result: Truncation) -> tuple[Array, Array]:
@@ -180,12 +220,12 @@ class _Stored:
         self,
         module: Module,
         result: Truncation,
+        storage: float,
         cross: float,
         input_norms: tuple[float, ...],
         inner: tuple[float, ...],
     ) -> Piece:
-        """The finished module; `cross` is ⟨ΔW − W′, W̃ − W′⟩."""
-        storage = linalg.norm(*self.change(result))
+        """The finished module; `storage` is ‖W̃ − W′‖, `cross` is ⟨ΔW − W′, W̃ − W′⟩."""
         squared = result.tail**2 + storage**2 - 2 * cross
         figures = Figures(
             norm=result.norm,

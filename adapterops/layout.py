@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from adapterops import casts
+from adapterops.casts import FORMATS
 from adapterops.extras import Extra
 from adapterops.formats import diffusers, kohya, peft
-from adapterops.formats.model import Site
+from adapterops.formats.model import AdapterFile, Site
 from adapterops.plan import Module, Plan
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -60,13 +61,15 @@ def plan_output(
     """The layout of a result of one uniform rank and scale 1, or of a copy as it is."""
     if plan.dialect == "peft":
         return _peft(plan, rank, extras, directory, copy)
-    tensors, roles = _copied_names(plan) if copy else _new_names(plan, rank)
-    constants: dict[str, bytes] = {}
+    travelling = {extra.name: (extra.dtype, extra.shape) for extra in extras}
+    if copy:
+        tensors, roles = _copied_names(plan)
+        header = dict(_only_input(plan).metadata) or {"format": "pt"}
+        return Layout(tensors | travelling, roles, {}, header)
+    tensors, roles, constants = _new_names(plan, rank)
     metadata: dict[str, str] = {"format": "pt"}
     warnings: list[str] = []
-    if copy:
-        metadata = dict(plan.inputs[plan.modules[0].parts[0].input].metadata) or metadata
-    elif plan.dialect == "kohya":
+    if plan.dialect == "kohya":
         carried, differ = kohya.carried_metadata([file.metadata for file in plan.inputs])
         metadata = {**metadata, **kohya.rewritten(carried, rank)}
         if differ:
@@ -78,9 +81,15 @@ def plan_output(
             tensors[f"{stem}.alpha"] = ("F32", ())
             constants[f"{stem}.alpha"] = alpha
     elif set(_styles(plan).values()) == {"peft"}:
-        metadata[diffusers.METADATA_KEY] = diffusers.write_config(list(roles), rank)
-    tensors.update({extra.name: (extra.dtype, extra.shape) for extra in extras})
-    return Layout(tensors, roles, constants, metadata, warnings=tuple(warnings))
+        config = diffusers.write_config(list(roles), rank, bias=bool(_biased(plan)))
+        if config is not None:
+            metadata[diffusers.METADATA_KEY] = config
+    return Layout(tensors | travelling, roles, constants, metadata, warnings=tuple(warnings))
+
+
+def _only_input(plan: Plan) -> AdapterFile:
+    """The input that a copy is a copy of."""
+    return plan.inputs[plan.modules[0].parts[0].input]
 
 
 def _copied_names(plan: Plan) -> tuple[Tensors, dict[str, dict[str, str]]]:
@@ -93,26 +102,51 @@ def _copied_names(plan: Plan) -> tuple[Tensors, dict[str, dict[str, str]]]:
     return tensors, roles
 
 
-def _new_names(plan: Plan, rank: int) -> tuple[Tensors, dict[str, dict[str, str]]]:
+def _new_names(
+    plan: Plan, rank: int
+) -> tuple[Tensors, dict[str, dict[str, str]], dict[str, bytes]]:
+    """Tensors, their names by role, and the zeros that fill up `lora_B.bias`.
+
+    PEFT's lora_bias is one flag for the whole adapter: if one module shifts its bias, each linear
+    and convolution must have one.
+    """
     tensors: Tensors = {}
     roles: dict[str, dict[str, str]] = {}
+    zeros: dict[str, bytes] = {}
     styles = _styles(plan) if plan.dialect == "diffusers" else {}
+    biased = _biased(plan)
     for module in plan.modules:
-        if plan.dialect == "peft":
-            names = peft.names(module.stem, module.layer)
-        elif plan.dialect == "kohya":
-            names = kohya.names(module.stem)
-        else:
-            style = styles.get(diffusers.component(module.stem), "peft")
-            names = diffusers.names(module.stem, style)
+        names = _module_names(plan, module, styles)
         shape_b, shape_a = _factor_shapes(module, rank)
         tensors[names["B"]] = (plan.dtype, shape_b)
         tensors[names["A"]] = (plan.dtype, shape_a)
         roles[module.stem] = {"B": names["B"], "A": names["A"]}
-        if any("bias" in part.site.parts for part in module.parts) and "bias" in names:
-            tensors[names["bias"]] = (plan.dtype, (module.shape[0],))
+        if not biased or "bias" not in names:
+            continue
+        tensors[names["bias"]] = (plan.dtype, (module.shape[0],))
+        if module.stem in biased:
             roles[module.stem]["bias"] = names["bias"]
-    return tensors, roles
+        else:
+            zeros[names["bias"]] = bytes(module.shape[0] * FORMATS[plan.dtype].bits // 8)
+    return tensors, roles, zeros
+
+
+def _module_names(plan: Plan, module: Module, styles: Mapping[str, str]) -> dict[str, str]:
+    if plan.dialect == "peft":
+        return peft.names(module.stem, module.layer)
+    if plan.dialect == "kohya":
+        return kohya.names(module.stem)
+    style = styles.get(diffusers.component(module.stem), "peft")
+    return diffusers.names(module.stem, style)
+
+
+def _biased(plan: Plan) -> set[str]:
+    """The modules whose bias some input shifts."""
+    return {
+        module.stem
+        for module in plan.modules
+        if any("bias" in part.site.parts for part in module.parts)
+    }
 
 
 def _factor_shapes(module: Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -136,28 +170,21 @@ def _styles(plan: Plan) -> dict[str, str]:
 
 
 def _peft(plan: Plan, rank: int, extras: Sequence[Extra], directory: bool, copy: bool) -> Layout:
-    tensors, roles = _new_names(plan, rank)
-    source: dict[str, Any] = dict(plan.inputs[0].config)
-    sizes = {module.stem: (rank, float(rank)) for module in plan.modules}
+    first = _only_input(plan) if copy else plan.inputs[0]
+    source = {**first.config, **_extras_config([first, *plan.inputs])}
     if copy:
-        for module in plan.modules:
-            site = module.parts[0].site
-            for role in roles[module.stem]:
-                ref = site.parts[role]
-                tensors[roles[module.stem][role]] = (ref.dtype, ref.shape)
-            sizes[module.stem] = (site.rank, site.alpha if site.alpha is not None else site.rank)
-        source = dict(plan.inputs[plan.modules[0].parts[0].input].config)
-    for file in plan.inputs:
-        for key in ("modules_to_save", "trainable_token_indices", "bias"):
-            if source.get(key) in (None, [], "none") and file.config.get(key):
-                source[key] = file.config[key]
+        tensors, roles, sizes = _copied_peft(plan)
+        constants: dict[str, bytes] = {}
+    else:
+        tensors, roles, constants = _new_names(plan, rank)
+        sizes = {module.stem: (rank, float(rank)) for module in plan.modules}
     config = peft.write_config(
         source,
         next((file.base for file in plan.inputs if file.base), None),
         sizes,
-        targets=_targets(plan),
+        targets=_targets(plan, keep_extras=bool(extras)),
         keep_extras=bool(extras),
-        bias=any("bias" in names for names in roles.values()),
+        bias=bool(_biased(plan)),
     )
     if copy:
         config["use_rslora"] = any(_is_stabilised(module.parts[0].site) for module in plan.modules)
@@ -165,8 +192,49 @@ def _peft(plan: Plan, rank: int, extras: Sequence[Extra], directory: bool, copy:
     text = json.dumps(config, indent=2, sort_keys=True)
     metadata = {"format": "pt"}
     if not directory:
-        return Layout(tensors, roles, {}, {**metadata, diffusers.METADATA_KEY: text})
-    return Layout(tensors, roles, {}, metadata, {peft.CONFIG: text.encode() + b"\n"})
+        return Layout(tensors, roles, constants, {**metadata, diffusers.METADATA_KEY: text})
+    return Layout(tensors, roles, constants, metadata, {peft.CONFIG: text.encode() + b"\n"})
+
+
+def _copied_peft(
+    plan: Plan,
+) -> tuple[Tensors, dict[str, dict[str, str]], dict[str, tuple[int, float]]]:
+    """A copy's tensors under PEFT's current names, with each module's own rank and alpha."""
+    tensors: Tensors = {}
+    roles: dict[str, dict[str, str]] = {}
+    sizes: dict[str, tuple[int, float]] = {}
+    for module in plan.modules:
+        site = module.parts[0].site
+        names = peft.names(module.stem, module.layer)
+        roles[module.stem] = {role: names[role] for role in site.parts if role in names}
+        for role, name in roles[module.stem].items():
+            tensors[name] = (site.parts[role].dtype, site.parts[role].shape)
+        sizes[module.stem] = (site.rank, site.alpha if site.alpha is not None else site.rank)
+    return tensors, roles, sizes
+
+
+def _extras_config(files: Sequence[AdapterFile]) -> dict[str, Any]:
+    """What a loader must be told about the extras of several inputs: heads, biases, tokens."""
+    configs = [file.config for file in files]
+    heads = {str(name) for config in configs for name in config.get("modules_to_save") or ()}
+    biases = [config["bias"] for config in configs if config.get("bias") in peft.BIASES]
+    tokens = [
+        config["trainable_token_indices"]
+        for config in configs
+        if config.get("trainable_token_indices")
+    ]
+    result: dict[str, Any] = {
+        "modules_to_save": sorted(heads),
+        "bias": max(biases, key=peft.BIASES.index, default="none"),
+    }
+    if tokens and all(isinstance(item, dict) for item in tokens):
+        merged: dict[str, Any] = {}
+        for item in reversed(tokens):
+            merged.update(item)
+        result["trainable_token_indices"] = merged
+    elif tokens:
+        result["trainable_token_indices"] = tokens[0]
+    return result
 
 
 def _is_stabilised(site: Site) -> bool:
@@ -176,11 +244,10 @@ def _is_stabilised(site: Site) -> bool:
     return not math.isclose(site.scale, site.alpha / site.rank, rel_tol=1e-9)
 
 
-def _targets(plan: Plan) -> list[str]:
+def _targets(plan: Plan, *, keep_extras: bool) -> list[str]:
     stems = [module.stem for module in plan.modules]
-    if plan.left_out:
-        return sorted(stems)
-    return peft.target_modules(stems, [file.config for file in plan.inputs])
+    configs = [] if plan.left_out else [file.config for file in plan.inputs]
+    return peft.target_modules(stems, configs, keep_extras=keep_extras)
 
 
 def sidecar_name(path: Path) -> str:

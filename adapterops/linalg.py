@@ -38,7 +38,8 @@ Matrix = np.ndarray[Any, Any]
 class Core:
     """Gram matrices of one module on the host, column pairs scaled by exact powers of two.
 
-    `scale` s means b_j·s_j, a_j/s_j; `beta` and `norm` are β and ‖ΔW‖ (up to √u·β).
+    `scale` s means b_j·s_j, a_j/s_j; `beta` and `norm` are β and ‖ΔW‖ (up to √u·β), both NaN if
+    a factor holds NaN or infinities.
     """
 
     gram_b: Matrix
@@ -58,7 +59,8 @@ class Truncation:
     """The best rank-k factors of one module, balanced, and what was lost, exactly.
 
     B is (m, k), A is (k, n), zero-padded where ΔW has a lower rank. `values` are the singular
-    values of ΔW as far as the route computes them; `tail` is ‖ΔW − B·A‖_F.
+    values of ΔW as far as the route computes them; `tail` is ‖ΔW − B·A‖_F. Where B is the scaled
+    columns times `right` (R, k) and A is `left` (k, R) times the scaled rows, these are given.
     """
 
     B: Array
@@ -68,11 +70,13 @@ class Truncation:
     norm: float
     beta: float
     route: Route
+    right: Matrix | None = None
+    left: Matrix | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Mix:
-    """B·right and left·A are the truncated factors; columns beyond the rank are zero."""
+    """B·s·right and left·A/s are the truncated factors; columns beyond the rank are zero."""
 
     right: Matrix
     left: Matrix
@@ -100,10 +104,14 @@ def rank_floor(m: int, n: int, beta: float) -> float:
 
 def cores(B: Array, A: Array) -> list[Core]:
     """The scaled Gram matrices of each module of the batch, on the host."""
+    if isinstance(B, np.ndarray):  # numpy multiplies x.T @ x by half the work, but only in 2-D
+        return [_core(b.T @ b, a @ a.T) for b, a in zip(B, A, strict=True)]
     return [_core(b, a) for b, a in zip(host(B.mT @ B), host(A @ A.mT), strict=True)]
 
 
 def _core(gram_b: Matrix, gram_a: Matrix) -> Core:
+    if not (np.isfinite(gram_b).all() and np.isfinite(gram_a).all()):
+        return Core(gram_b, gram_a, np.ones(len(gram_b)), math.nan, math.nan)
     norm_b, norm_a = np.sqrt(np.diagonal(gram_b)), np.sqrt(np.diagonal(gram_a))
     live = (norm_b > 0) & (norm_a > 0)
     apart = np.log2(np.where(live, norm_a, 1.0)) - np.log2(np.where(live, norm_b, 1.0))
@@ -155,10 +163,11 @@ def truncate(B: Array, A: Array, rank: int, known: Sequence[Core] = ()) -> list[
     nothing = _Mix(
         np.zeros((B.shape[-1], rank)), np.zeros((rank, B.shape[-1])), np.zeros(0), 0.0, "zero"
     )
-    new_b = B @ like(np.stack([(mix or nothing).right for mix in mixes]), B)
-    new_a = like(np.stack([(mix or nothing).left for mix in mixes]), A) @ A
+    given = [(mix or nothing, core.scale) for mix, core in zip(mixes, found, strict=True)]
+    new_b = B @ like(np.stack([scale[:, None] * mix.right for mix, scale in given]), B)
+    new_a = like(np.stack([mix.left / scale for mix, scale in given]), A) @ A
     return [
-        Truncation(b, a, mix.values, mix.tail, core.norm, core.beta, mix.route)
+        Truncation(b, a, mix.values, mix.tail, core.norm, core.beta, mix.route, mix.right, mix.left)
         if mix
         else _truncate_qr(B[i], A[i], core, rank)
         for i, (mix, core, b, a) in enumerate(zip(mixes, found, new_b, new_a, strict=True))
@@ -172,8 +181,8 @@ def _mix(core: Core, rank: int, m: int, n: int) -> _Mix | None:
     if core.beta == 0.0:
         return _Mix(right, left, np.zeros(0), 0.0, "zero")
     if columns <= rank and core.beta <= _STACK_CANCELLATION * math.sqrt(columns) * core.norm:
-        np.fill_diagonal(right, core.scale)
-        np.fill_diagonal(left, 1 / core.scale)
+        np.fill_diagonal(right, 1.0)
+        np.fill_diagonal(left, 1.0)
         return _Mix(right, left, np.zeros(0), 0.0, "stack")
     if core.cancels or columns > min(m, n):
         return None
@@ -185,8 +194,8 @@ def _mix(core: Core, rank: int, m: int, n: int) -> _Mix | None:
     if values[keep - 1] < low or (keep < len(values) and tail < low):
         return None
     root = np.sqrt(values[:keep])
-    right[:, :keep] = core.scale[:, None] * (root_a.T @ (Vh[:keep].T / root))
-    left[:keep] = ((U[:, :keep].T / root[:, None]) @ root_b) / core.scale
+    right[:, :keep] = root_a.T @ (Vh[:keep].T / root)
+    left[:keep] = (U[:, :keep].T / root[:, None]) @ root_b
     return _Mix(right, left, values, tail, "gram")
 
 

@@ -228,6 +228,7 @@ class Refusal:
     config: Mapping[str, Any] | None = field(default_factory=dict)
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     pair: bool = True  # whether a plain pair of factors is there too
+    fill: float = 1.0  # every number of `tensors`
 
 
 def _config(kind: str, says: str, **config: Any) -> Refusal:
@@ -296,9 +297,7 @@ REFUSED = (
     ),
     _named("peft", "LoHa without config", "LoHa", f"{_M}.hada_w1_a", f"{_M}.hada_w1_b"),
     _named("peft", "LoKr without config", "LoKr", f"{_M}.lokr_w1", f"{_M}.lokr_w2"),
-    _named(
-        "peft", "AdaLoRA by name", "AdaLoRA", f"{_M}.lora_A", f"{_M}.lora_B", f"{_M}.lora_E"
-    ),
+    _named("peft", "AdaLoRA by name", "AdaLoRA", f"{_M}.lora_A", f"{_M}.lora_B", f"{_M}.lora_E"),
     _named("peft", "prompt tuning by name", "prompt tuning", "prompt_embeddings"),
     _named("peft", "(IA)³ by name", "(IA)³", f"{_M}.ia3_l"),
     _named("peft", "unknown suffix", "unknown LoRA variant", f"{_M}.lora_C.weight"),
@@ -389,6 +388,7 @@ REFUSED = (
         IncompatibleError,
         "alpha is 0",
         tensors={f"{_U}.alpha": ()},
+        fill=0.0,
     ),
     Refusal(
         "kohya",

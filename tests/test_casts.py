@@ -141,5 +141,5 @@ def test_integers_are_no_factors():
 @both
 def test_subnormals_are_counted_only_where_precision_was_lost(place):
     values = np.array([2.0**-24, 2.0**-24 * 1.3, 2.0**-30, 0.0, 1.0])
-    stored = casts.round_to(place(values), "F16")
+    stored = casts.store(place(values), "F16")
     assert casts.count_subnormal(place(values), stored, "F16") == 2

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import string
 import subprocess
 import sys
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import SafetensorError, safe_open, serialize
+from safetensors import TensorSpec, safe_open, serialize
 from safetensors.numpy import save
 
 from adapterops.errors import AdapterOpsError, FormatError, UnsafeFileError
@@ -31,8 +31,6 @@ from adapterops.files.header import (
 )
 from adapterops.files.source import LocalFile, MemoryFile, read_header
 from tests.hostile import CASES, GOOD, GOOD_DATA, VALID, entry, file, framed
-
-SCRATCH = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 
 
 def parse(blob: bytes) -> Header:
@@ -60,7 +58,7 @@ def test_a_file_on_disk_gives_the_same_error(name, tmp_path):
     blob, kind, _ = CASES[name]
     path = tmp_path / "evil.safetensors"
     path.write_bytes(blob)
-    with pytest.raises(kind, match="evil.safetensors"):
+    with pytest.raises(kind, match=r"evil\.safetensors"):
         read_header(LocalFile(path))
 
 
@@ -196,36 +194,29 @@ def test_random_bytes(tmp_path_factory, raw):
 
 def test_single_byte_changes_of_a_header(tmp_path):
     """Every byte of the header, length included, by each of a few others."""
-    path = (SCRATCH or tmp_path) / f"adapterops-test-{os.getpid()}.safetensors"
+    path = tmp_path / "candidate.safetensors"
     accepted = 0
-    try:
-        for at in range(len(VALID) - len(GOOD_DATA)):
-            for other in b'\x00 "0-:F,{}]9\x80':
-                blob = bytearray(VALID)
-                blob[at] = other
-                accepted += _check_against_reference(bytes(blob), path)
-    finally:
-        path.unlink(missing_ok=True)
+    for at in range(len(VALID) - len(GOOD_DATA)):
+        for other in b'\x00 "0-:F,{}]9\x80':
+            blob = bytearray(VALID)
+            blob[at] = other
+            accepted += _check_against_reference(bytes(blob), path)
     assert accepted > 100, "names and metadata may change"
 
 
-@pytest.mark.long
-def test_many_random_mutations(tmp_path):
-    """A campaign of random splices of the valid header."""
-    rng = np.random.default_rng(2024)
-    path = (SCRATCH or tmp_path) / f"adapterops-test-{os.getpid()}.safetensors"
-    accepted = 0
+@pytest.mark.parametrize("count", [10_000, pytest.param(1_000_000, marks=pytest.mark.long)])
+def test_random_splices_of_a_header(count, tmp_path):
+    rng = np.random.default_rng(count)
+    path = tmp_path / "candidate.safetensors"
     base = VALID[8 : -len(GOOD_DATA)]
-    try:
-        for _ in range(200_000):
-            raw = bytearray(base)
-            for _ in range(rng.integers(1, 5)):
-                at, width = rng.integers(0, len(raw) + 1), rng.integers(0, 6)
-                raw[at : at + width] = _TOKENS[rng.integers(len(_TOKENS))]
-            accepted += _check_against_reference(framed(bytes(raw), GOOD_DATA), path)
-    finally:
-        path.unlink(missing_ok=True)
-    assert accepted > 1000
+    accepted = 0
+    for _ in range(count):
+        raw = bytearray(base)
+        for _ in range(rng.integers(1, 5)):
+            at, width = rng.integers(0, len(raw) + 1), rng.integers(0, 6)
+            raw[at : at + width] = _TOKENS[rng.integers(len(_TOKENS))]
+        accepted += _check_against_reference(framed(bytes(raw), GOOD_DATA), path)
+    assert accepted > count // 200
 
 
 def _scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -261,21 +252,44 @@ def test_encoded_headers_read_back(shapes, metadata, spare):
         encode_header(entries, metadata, len(plain.rstrip(b" ")) - 1)
 
 
+_REFERENCE_NAMES = {
+    "BOOL": "bool",
+    "F4": "float4_e2m1fn_x2",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+
+
 def test_layout_is_the_reference_order_for_every_dtype():
     """Names against the dtype order, so that neither alone explains the result."""
-    shapes = {}
-    for position, dtype in enumerate(sorted(DTYPE_BITS)):
+    buffer = np.zeros(64, np.uint8)
+    shapes, specs = {}, {}
+    for position, (dtype, reference) in enumerate(sorted(_REFERENCE_NAMES.items())):
         for letter in "bä":
-            shapes[f"{letter}{position}"] = (dtype, (4, position % 3))
-    tensors = {}
-    for name, (dtype, shape) in shapes.items():
-        size = int(np.prod(shape)) * DTYPE_BITS[dtype] // 8
-        seed = sum(name.encode())
-        data = np.random.default_rng(seed).integers(0, 256, size, np.uint8).tobytes()
-        kind = dtype.lower()
-        tensors[name] = {"dtype": _REFERENCE_NAMES.get(kind, kind), "shape": shape, "data": data}
-    blob = serialize(tensors)
-    header = parse(blob)
+            name, shape = f"{letter}{position}", (2, position % 3)
+            stored = (2, position % 3 * (2 if dtype == "F4" else 1))  # two of F4 in a byte
+            shapes[name] = (dtype, stored)
+            specs[name] = TensorSpec(
+                dtype=reference,
+                shape=shape,
+                data_ptr=buffer.ctypes.data,
+                data_len=math.prod(stored) * DTYPE_BITS[dtype] // 8,
+            )
+    header = parse(bytes(serialize(specs)))
     assert header.tensors == layout(shapes)
 
 
@@ -302,39 +316,6 @@ def test_data_section_is_byte_equal_to_safetensors_numpy():
     blob = save(tensors)
     assert parse(blob).tensors == entries
     assert blob[parse(blob).data_start :] == data
-
-
-_REFERENCE_NAMES = {
-    "bool": "bool",
-    "u8": "uint8",
-    "i8": "int8",
-    "i16": "int16",
-    "u16": "uint16",
-    "i32": "int32",
-    "u32": "uint32",
-    "i64": "int64",
-    "u64": "uint64",
-    "f16": "float16",
-    "bf16": "bfloat16",
-    "f32": "float32",
-    "f64": "float64",
-    "c64": "complex64",
-    "f8_e4m3": "float8_e4m3fn",
-    "f8_e5m2": "float8_e5m2",
-    "f8_e8m0": "float8_e8m0fnu",
-    "f4": "float4_e2m1fn_x2",
-}
-
-
-def test_entries_outside_the_table_are_refused_by_the_reference_too(tmp_path):
-    """If a new dtype appears in safetensors, the table should learn it: this names the date."""
-    path = tmp_path / "x.safetensors"
-    for dtype in ("F8_E4M3FNUZ", "F8_E5M2FNUZ", "F128", "I4", "C128"):
-        path.write_bytes(file({"w": entry([0], [0, 0], dtype)}))
-        with pytest.raises(SafetensorError), safe_open(path, "np") as _:
-            pass
-        with pytest.raises(FormatError, match=dtype):
-            read_header(LocalFile(path))
 
 
 def test_a_large_honest_header_is_read():

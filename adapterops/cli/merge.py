@@ -67,9 +67,10 @@ def command(
     """
     from adapterops.options import parse_weights, split_weight
     from adapterops.render.progress import reporter
-    from adapterops.render.tables import print_merge
+    from adapterops.stream import keep_freed_memory
     from adapterops.verbs.merge import merge
 
+    keep_freed_memory()
     paths, given = _split(adapters, weights is not None, split_weight)
     chosen = parse_weights(weights) if weights is not None else given
     out = output or DEFAULT_OUTPUT
@@ -88,6 +89,8 @@ def command(
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
     elif not quiet:
+        from adapterops.render.tables import print_merge
+
         print_merge(report, verbose=verbose)
 
 

@@ -9,6 +9,7 @@ file see different tensors.
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from adapterops.errors import FormatError, UnsafeFileError
 
 HEADER_LIMIT = 100_000_000
 _DIMENSION_LIMIT = 1 << 40
+_ELEMENT_LIMIT = 1 << 56  # the reference reader counts bits in 64 bits, before a zero extent too
 
 # In the order in which safetensors sorts tensors of different type, last first.
 DTYPE_BITS: Mapping[str, int] = {
@@ -115,6 +117,7 @@ def parse_header(raw: bytes, file_size: int, path: str) -> Header:
             raw.decode("utf-8"),
             object_pairs_hook=lambda pairs: _unique(pairs, path),
             parse_constant=lambda text: _refuse(f"the header holds {text}", path),
+            parse_int=lambda text: _count(text, path),
         )
     except UnicodeDecodeError as error:
         raise FormatError(f"the header is not UTF-8 ({error.reason})", path=path) from None
@@ -136,12 +139,25 @@ def _unique(pairs: list[tuple[str, Any]], path: str) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise UnsafeFileError(f"the header names {twice!r} twice", path=path)
+        raise UnsafeFileError(f"the header names {_short(twice)} twice", path=path)
     return result
 
 
 def _refuse(message: str, path: str) -> NoReturn:
     raise FormatError(message, path=path)
+
+
+def _count(text: str, path: str) -> int:
+    """An integer of the header; -0 is none for the reference reader, and none needs 20 digits."""
+    if text == "-0" or len(text) > 20:
+        _refuse(f"the header holds the impossible number {text[:40]}", path)
+    return int(text)
+
+
+def _short(value: Any) -> str:
+    """A value from the file as a message shows it, not all of a megabyte."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:160]}… ({len(text)} characters)"
 
 
 def _metadata(value: Any, path: str) -> dict[str, str]:
@@ -151,37 +167,56 @@ def _metadata(value: Any, path: str) -> dict[str, str]:
         raise FormatError("__metadata__ is not a JSON object", path=path)
     for key, text in value.items():
         if not isinstance(text, str):
-            raise FormatError(f"__metadata__[{key!r}] is not a string", path=path)
+            raise FormatError(f"__metadata__[{_short(key)}] is not a string", path=path)
         for part in (key, text):
             if not part.isascii() and any(unicodedata.category(c) == "Cs" for c in part):
-                raise FormatError(f"__metadata__[{key!r}] holds half a surrogate pair", path=path)
+                raise FormatError(
+                    f"__metadata__[{_short(key)}] holds half a surrogate pair", path=path
+                )
     return value
 
 
 def _entry(name: str, value: Any, path: str) -> Entry:
     _check_name(name, path)
+    shown = _short(name)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"tensor {name!r} needs exactly dtype, shape and data_offsets", path=path)
+        raise FormatError(f"tensor {shown} needs exactly dtype, shape and data_offsets", path=path)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise FormatError(f"tensor {name!r} has the unknown dtype {dtype!r}", path=path)
-    if not isinstance(shape, list) or not all(_is_count(x, _DIMENSION_LIMIT) for x in shape):
-        raise FormatError(f"tensor {name!r} has the impossible shape {shape!r}", path=path)
+        raise FormatError(f"tensor {shown} has the unknown dtype {_short(dtype)}", path=path)
+    if not _is_shape(shape):
+        raise FormatError(f"tensor {shown} has the impossible shape {_short(shape)}", path=path)
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
         or not all(_is_count(x, 1 << 62) for x in offsets)
     ):
-        raise FormatError(f"tensor {name!r} has impossible offsets {offsets!r}", path=path)
+        raise FormatError(f"tensor {shown} has impossible offsets {_short(offsets)}", path=path)
     start, end = offsets
     expected = tensor_bytes(dtype, tuple(shape))
     if end - start != expected:
         raise FormatError(
-            f"tensor {name!r}: {dtype} of shape {shape} takes {expected} bytes, "
+            f"tensor {shown}: {dtype} of shape {_short(shape)} takes {expected} bytes, "
             f"its offsets span {end - start}",
             path=path,
         )
+    if math.prod(shape) * DTYPE_BITS[dtype] % 8:
+        raise FormatError(
+            f"tensor {shown}: {dtype} of shape {_short(shape)} is no whole number of bytes",
+            path=path,
+        )
     return Entry(dtype, tuple(shape), start, end)
+
+
+def _is_shape(value: Any) -> bool:
+    if not isinstance(value, list) or not all(_is_count(x, _DIMENSION_LIMIT) for x in value):
+        return False
+    count = 1
+    for extent in value:
+        count *= max(extent, 1)
+        if count > _ELEMENT_LIMIT:
+            return False
+    return True
 
 
 def _is_count(value: Any, limit: int) -> bool:
@@ -192,11 +227,11 @@ def _check_name(name: str, path: str) -> None:
     if not name:
         raise FormatError("a tensor has an empty name", path=path)
     if not (name.isascii() and name.isprintable()) and any(
-        unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in name
+        unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in name
     ):
-        raise UnsafeFileError(f"the tensor name {name!r} holds control characters", path=path)
+        raise UnsafeFileError(f"the tensor name {_short(name)} holds control characters", path=path)
     if _PATH_STEP.search(name):
-        raise UnsafeFileError(f"the tensor name {name!r} looks like a file path", path=path)
+        raise UnsafeFileError(f"the tensor name {_short(name)} looks like a file path", path=path)
 
 
 def _check_cover(tensors: Mapping[str, Entry], data_size: int, path: str) -> None:
@@ -205,8 +240,8 @@ def _check_cover(tensors: Mapping[str, Entry], data_size: int, path: str) -> Non
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != position:
             kind = "overlaps" if entry.start < position else "leaves a hole after"
-            raise UnsafeFileError(f"tensor {name!r} {kind} {before}", path=path)
-        position, before = entry.end, repr(name)
+            raise UnsafeFileError(f"tensor {_short(name)} {kind} {before}", path=path)
+        position, before = entry.end, _short(name)
     if position > data_size:
         raise FormatError(
             f"the tensors need {position} bytes of data, the file has {data_size}; "

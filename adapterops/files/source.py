@@ -42,6 +42,8 @@ class LocalFile:
             status = os.stat(self.path)
         except OSError as error:
             raise unreadable(self.path, error) from None
+        except ValueError as error:  # a path with NUL
+            raise FileError(f"cannot be read: {error}", path=self.path) from None
         if not os.path.isfile(self.path):
             raise FileError("not a regular file", path=self.path)
         self._identity = _identity(status)
@@ -75,8 +77,9 @@ class LocalFile:
         self._compare(status)
 
     def open(self) -> int:
+        """A new descriptor; it does not wait where the path has become a fifo."""
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise unreadable(self.path, error) from None
         try:
@@ -190,4 +193,5 @@ def read_header(source: Source) -> Header:
 
 
 def _looks_like_pickle(first: bytes) -> bool:
-    return first[:4] == b"PK\x03\x04" or first[:1] == b"\x80"
+    """By the first bytes; a header's length may look the same, but `{` follows it."""
+    return first[:4] == b"PK\x03\x04" or (first[:1] == b"\x80" and first[8:9] != b"{")

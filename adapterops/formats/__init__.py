@@ -38,20 +38,27 @@ def open_adapter_file(
     """
     place = locate(path)
     refs, metadata = _open_tensors(place, allow_pickle)
-    config = _config(place, metadata)
-    if config:
-        peft.check_supported(config, place.config or place.weights)
     grouped, spellings, rest = _group(refs, place.weights)
+    config, embedded = _configs(place, metadata)
+    shared = bool(place.shared_config and config)
+    if shared and (embedded or not _belongs(config, grouped, spellings, place)):
+        config, shared = {}, False  # of another file in the same folder
+    for text, where in ((config, place.config), (embedded, place.weights)):
+        for part in ("", *diffusers.COMPONENTS):
+            peft.check_supported(diffusers.component_config(text, part), where or place.weights)
     if not grouped:
         raise _not_an_adapter(refs, place.weights)
-    dialect = _dialect(grouped, spellings, config, place.weights)
-    sites, extras = _sites(grouped, rest, dialect, place.weights)
-    if place.shared_config and config and not _ranks_agree(sites, config, place):
-        config = {}
-    resolver = _Resolver(dialect, place, config, metadata, alpha, alpha_wins)
+    dialect = _dialect(grouped, spellings, config or embedded, place.weights)
+    sites, extras = _sites(grouped, spellings, rest, dialect, place.weights)
+    resolver = _Resolver(os.fspath(path), dialect, metadata, alpha, alpha_wins)
+    if config and place.config:
+        resolver.add_config(config, place.config)
+    if embedded:
+        resolver.add_config(embedded, f"the header's {diffusers.METADATA_KEY}")
     sites = {stem: resolver.scaled(site) for stem, site in sites.items()}
-    if place.shared_config and config:
+    if shared:
         resolver.notes.append(f"{place.weights}: its config is taken to be {place.config}")
+    config = config or embedded
     return AdapterFile(
         path=os.fspath(path),
         dialect=dialect,
@@ -81,14 +88,30 @@ def _open_tensors(place: Located, allow_pickle: bool) -> tuple[dict[str, Ref], M
     return refs, header.metadata
 
 
-def _config(place: Located, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The adapter config: the file beside the weights, else the one embedded in the header."""
+def _configs(place: Located, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config beside the weights and the one in their header, {} for one that is not there."""
+    beside: dict[str, Any] = {}
+    embedded: dict[str, Any] = {}
     if place.config:
-        return peft.read_config(read_text(place.config), place.config)
-    embedded = metadata.get(diffusers.METADATA_KEY)
-    if embedded:
-        return peft.read_config(embedded, f"{place.weights} ({diffusers.METADATA_KEY})")
-    return {}
+        beside = peft.read_config(read_text(place.config), place.config)
+    text = metadata.get(diffusers.METADATA_KEY)
+    if text:
+        embedded = peft.read_config(text, f"{place.weights} ({diffusers.METADATA_KEY})")
+    return beside, embedded
+
+
+def _belongs(
+    config: Mapping[str, Any],
+    grouped: Mapping[str, Mapping[str, Ref]],
+    spellings: Mapping[str, str],
+    place: Located,
+) -> bool:
+    """Whether a config that lies in the same folder is about this file: PEFT names, its ranks."""
+    if not {"peft", "embedding"}.issuperset(spellings.values()):
+        return False
+    scales = peft.Scales(config, place.config or "")
+    ranks = {stem: parts["A"].shape[:1] for stem, parts in grouped.items() if "A" in parts}
+    return all(scales.rank(peft.module_path(stem)) in (None, *rank) for stem, rank in ranks.items())
 
 
 def _group(
@@ -119,6 +142,9 @@ def _group(
                 spellings[key.stem] = key.spelling
     for stem, ref in alphas.items():
         owner = stem if stem in grouped else _processor_stem(stem, grouped)
+        if owner is None and stem.startswith(peft.PREFIX):
+            rest[ref.name] = ref  # a parameter of a saved head that happens to be called alpha
+            continue
         if owner is None:
             raise FormatError(f"{ref.name!r} belongs to no pair of factors in this file", path=path)
         grouped[owner]["alpha"] = ref
@@ -174,7 +200,11 @@ def _style(spellings: Mapping[str, str], dialect: str) -> str:
 
 
 def _sites(
-    grouped: Mapping[str, Mapping[str, Ref]], rest: Mapping[str, Ref], dialect: str, path: str
+    grouped: Mapping[str, Mapping[str, Ref]],
+    spellings: Mapping[str, str],
+    rest: Mapping[str, Ref],
+    dialect: str,
+    path: str,
 ) -> tuple[dict[str, Site], dict[str, Ref]]:
     sites: dict[str, Site] = {}
     for stem, parts in sorted(grouped.items()):
@@ -187,6 +217,20 @@ def _sites(
                 )
         if module in sites:
             raise FormatError("is named twice, in two spellings", path=path, module=module)
+        if "bias" in parts and spellings[stem] != "peft":
+            raise UnsupportedError(
+                f"the tensor {parts['bias'].name!r} beside factors named "
+                f"{parts['A'].name!r} is of no known kind",
+                path=path,
+                module=module,
+            )
+        if module.endswith(".base_layer"):
+            raise UnsupportedError(
+                "this is MoE target_parameters (several parameters of one module), not a plain "
+                "LoRA; a later version reads it",
+                path=path,
+                module=module,
+            )
         sites[module] = _site(module, parts, path)
     owners = tuple(stem + "." for stem in grouped) if dialect != "peft" else ()
     for name in rest:
@@ -210,6 +254,12 @@ def _site(module: str, parts: Mapping[str, Ref], path: str) -> Site:
     kernel: tuple[int, ...] = ()
     if len(A.shape) > 2 and layer == "linear":
         layer, kernel = "conv", A.shape[2:]
+    if len(A.shape) == 2 and len(B.shape) == 3:
+        raise UnsupportedError(
+            f"B of shape {list(B.shape)} beside A of {list(A.shape)} is an old MergedLinear LoRA, "
+            "not a plain LoRA; a later version reads it",
+            **where,
+        )
     if len(A.shape) < 2 or len(B.shape) < 2 or any(extent != 1 for extent in B.shape[2:]):
         raise UnsupportedError(
             f"factors of shape A {list(A.shape)}, B {list(B.shape)} are no linear, convolution or "
@@ -240,32 +290,33 @@ def _site(module: str, parts: Mapping[str, Ref], path: str) -> Site:
     )
 
 
-def _ranks_agree(sites: Mapping[str, Site], config: Mapping[str, Any], place: Located) -> bool:
-    scales = peft.Scales(config, place.config or place.weights)
-    return all(scales.rank(stem) in (None, site.rank) for stem, site in sites.items())
-
-
 class _Resolver:
     """Finds each module's scale, and that no two places contradict each other."""
 
     def __init__(
         self,
+        path: str,
         dialect: str,
-        place: Located,
-        config: Mapping[str, Any],
         metadata: Mapping[str, str],
         alpha: float | None,
         alpha_wins: bool,
     ) -> None:
+        self._path = path
         self._dialect = dialect
-        self._path = place.weights
-        self._config_path = place.config or f"{place.weights} ({diffusers.METADATA_KEY})"
-        self._config = config
         self._metadata = metadata
         self._alpha = alpha
         self._alpha_wins = alpha_wins
-        self._scales: dict[str, peft.Scales] = {}
+        self._configs: list[tuple[str, dict[str, peft.Scales]]] = []
         self.notes: list[str] = []
+
+    def add_config(self, config: Mapping[str, Any], where: str) -> None:
+        """Take `config` for a source of scales; a diffusers config has a part per component."""
+        parts = ("", *diffusers.COMPONENTS) if self._dialect == "diffusers" else ("",)
+        scales = {
+            part: peft.Scales(diffusers.component_config(config, part), where, self.notes)
+            for part in parts
+        }
+        self._configs.append((where, scales))
 
     def scaled(self, site: Site) -> Site:
         """The site with its scale and where it came from."""
@@ -286,7 +337,7 @@ class _Resolver:
                     f"{other.scale:.6g} by {other.scale_from}",
                     path=self._path,
                     module=site.stem,
-                    hint=f"say which with --alpha {os.path.basename(self._path)}=X",
+                    hint=f"say which with --alpha {self._path}=X",
                 )
         if found:
             return found[0]
@@ -316,39 +367,36 @@ class _Resolver:
                 "alpha is 0, which some loaders read as alpha = rank and others as no effect",
                 path=self._path,
                 module=site.stem,
-                hint=f"say what is meant with --alpha {os.path.basename(self._path)}=X",
+                hint=f"say what is meant with --alpha {self._path}=X",
             )
         scale = value / site.rank if site.rank else 1.0
         yield scale, value, f"alpha {value:g} / rank {site.rank}"
 
     def _from_config(self, site: Site) -> Iterator[_Scale]:
         part = diffusers.component(site.stem) if self._dialect == "diffusers" else ""
-        if part not in self._scales:
-            config = diffusers.component_config(self._config, part)
-            self._scales[part] = peft.Scales(config, self._config_path)
-            self._scales[part].notes = self.notes
-        scales = self._scales[part]
-        if not scales.known:
-            return
         module = site.stem.removeprefix(part + ".") if part else site.stem
-        expected = scales.rank(module)
-        if expected is not None and expected != site.rank:
-            raise IncompatibleError(
-                f"the config says r={expected:g}, its tensors have rank {site.rank}, so alpha / r "
-                "is unknown",
-                path=self._path,
-                module=site.stem,
-                hint="correct rank_pattern in the config, or give "
-                f"--alpha {os.path.basename(self._path)}=X",
-            )
-        origin = f"lora_alpha in {os.path.basename(self._config_path)}"
-        yield scales.scale(module, site.rank), scales.alpha(module), origin
+        for where, parts in self._configs:
+            scales = parts[part]
+            if not scales.known:
+                continue
+            expected = scales.rank(module)
+            if expected is not None and expected != site.rank:
+                raise IncompatibleError(
+                    f"the config says r={expected:g}, its tensors have rank {site.rank}, so "
+                    "alpha / r is unknown",
+                    path=self._path,
+                    module=site.stem,
+                    hint=f"correct rank_pattern in the config, or give --alpha {self._path}=X",
+                )
+            origin = f"lora_alpha in {os.path.basename(where)}"
+            yield scales.scale(module, site.rank), scales.alpha(module), origin
 
     def _from_header(self, site: Site) -> Iterator[_Scale]:
         if not site.rank:
             return
         if self._dialect == "kohya":
-            alpha = kohya.header_alpha(self._metadata, site.rank, site.layer == "conv")
+            spatial = any(extent != 1 for extent in site.kernel)
+            alpha = kohya.header_alpha(self._metadata, site.rank, spatial)
             if alpha is not None:
                 yield alpha / site.rank, alpha, "ss_network_alpha"
             return

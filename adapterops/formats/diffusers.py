@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -23,13 +23,26 @@ COMPONENTS = (
     "prior",
     "connectors",
 )
+# transformers 5 left this level out of CLIPTextModel; a target's tail matches with and without.
+_TEXT_MODEL = "text_model."
 _BARE_UNET = re.compile(r"^(down_blocks|mid_block|up_blocks)\.")
+_OLD_TEXT = re.compile(
+    r"^(?P<block>text_encoder.*\.self_attn)\.(?P<leaf>to_q|to_k|to_v|to_out\.0)$"
+)
 _ATTENTION = re.compile(r"^(?P<block>.*\.attn\d*)\.(?P<leaf>to_q|to_k|to_v|to_out\.0)$")
 
 
 def canonical(stem: str) -> str:
-    """A stem with its component: old attention processor files leave out `unet.`."""
-    return f"unet.{stem}" if _BARE_UNET.match(stem) else stem
+    """A stem with its component and the module's own name.
+
+    Old attention processor files leave out `unet.` and call a text encoder's `q_proj` `to_q`.
+    """
+    if _BARE_UNET.match(stem):
+        return f"unet.{stem}"
+    old = _OLD_TEXT.match(stem)
+    if old:
+        return f"{old['block']}.{old['leaf'].removesuffix('.0').removeprefix('to_')}_proj"
+    return stem
 
 
 def component(stem: str) -> str:
@@ -67,22 +80,31 @@ def component_config(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     }
 
 
-def write_config(modules: list[str], rank: int) -> str:
-    """`lora_adapter_metadata` for an output of uniform rank and scale 1, per component."""
+def write_config(modules: Sequence[str], rank: int, *, bias: bool) -> str | None:
+    """`lora_adapter_metadata` for an output of uniform rank and scale 1, per component.
+
+    None if a module names no component: loaders find no part for it and take PEFT's defaults,
+    whereas without any config they take alpha = rank.
+    """
+    if not all(component(stem) for stem in modules):
+        return None
     parts: dict[str, list[str]] = {}
     for stem in modules:
         parts.setdefault(component(stem), []).append(stem)
     config: dict[str, Any] = {}
     for part, stems in parts.items():
-        prefix = f"{part}." if part else ""
-        values = {
+        prefix = f"{part}."
+        names = (stem.removeprefix(prefix).removeprefix(_TEXT_MODEL) for stem in stems)
+        values: dict[str, Any] = {
             "r": rank,
             "lora_alpha": rank,
             "lora_dropout": 0.0,
             "use_rslora": False,
             "rank_pattern": {},
             "alpha_pattern": {},
-            "target_modules": sorted(stem.removeprefix(prefix) for stem in stems),
+            "target_modules": sorted(names),
         }
+        if bias:
+            values["lora_bias"] = True
         config.update({prefix + key: value for key, value in values.items()})
     return json.dumps(config, sort_keys=True)

@@ -62,7 +62,7 @@ _REFUSED = [
         "prefix or prompt tuning",
         "no weight delta",
     ),
-    (r"\.lora_(?!A\b|B\b|embedding_|down\b|up\b|linear_layer)\w+", "an unknown LoRA variant", ""),
+    (r"\.lora_\w+", "an unknown LoRA variant", ""),
 ]
 _REFUSED_PATTERNS = [(re.compile(pattern), name, way) for pattern, name, way in _REFUSED]
 

@@ -35,13 +35,14 @@ def names(stem: str) -> dict[str, str]:
     }
 
 
-def header_alpha(metadata: Mapping[str, str], rank: int, convolution: bool) -> float | None:
+def header_alpha(metadata: Mapping[str, str], rank: int, spatial: bool) -> float | None:
     """The alpha that the training options give a module of this rank, None where they are silent.
 
-    Convolutions have their own options, and block-wise ones or rs_lora change alpha per module.
+    Convolutions wider than 1 x 1 (`spatial`) have their own options, and block-wise ones or rs_lora
+    change alpha per module.
     """
     arguments = metadata.get("ss_network_args", "")
-    if convolution or "block" in arguments or "rs_lora" in arguments:
+    if spatial or "block" in arguments or "rs_lora" in arguments:
         return None
     try:
         dim = float(metadata["ss_network_dim"])

@@ -71,6 +71,17 @@ class Site:
         """
         B = self.parts["B"].read(device).reshape(self.shape[0], self.rank)
         A = self.parts["A"].read(device).reshape(self.rank, self.shape[1])
+        self.check_finite(B, A)
+        return B, A
+
+    def factors_into(self, B: np.ndarray[Any, Any], A: np.ndarray[Any, Any]) -> None:
+        """`factors` into slices of larger arrays; their values are not checked."""
+        for role, out in (("B", B), ("A", A)):
+            ref = self.parts[role]
+            casts.decode_into(ref.raw(), ref.dtype, out)
+
+    def check_finite(self, B: Array, A: Array) -> None:
+        """Raise NumericsError, naming the tensor, if a factor holds NaN or infinities."""
         for role, values in (("B", B), ("A", A)):
             wrong = casts.count_nonfinite(values)
             if wrong:
@@ -81,7 +92,6 @@ class Site:
                     module=self.stem,
                     hint="the training diverged or the file is damaged; leave this adapter out",
                 )
-        return B, A
 
 
 def _width(dtype: str) -> int:

@@ -18,6 +18,7 @@ from adapterops.errors import FormatError, UnsupportedError
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+BIASES = ("none", "lora_only", "all")  # values of `bias`, each trains what those before it do
 
 # Initialisations whose tensors are relative to a changed base; the others leave the base alone.
 _MOVED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -86,14 +87,16 @@ def check_supported(config: Mapping[str, Any], path: str) -> None:
 class Scales:
     """Scale of each module from a config: alpha / r, or alpha / √r for rsLoRA, by the patterns."""
 
-    def __init__(self, config: Mapping[str, Any], path: str) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], path: str, notes: list[str] | None = None
+    ) -> None:
         self._path = path
         self._ranks = _patterns(config, "rank_pattern", path)
         self._alphas = _patterns(config, "alpha_pattern", path)
         self._rank = _number(config, "r", path)
         self._alpha = _number(config, "lora_alpha", path)
         self._stabilised = bool(config.get("use_rslora"))
-        self.notes: list[str] = []
+        self._notes = [] if notes is None else notes
 
     @property
     def known(self) -> bool:
@@ -122,9 +125,10 @@ class Scales:
         name: str,
         default: float | None,
     ) -> float | None:
-        values = [value for pattern, value in patterns if pattern.match(module)]
+        path = target_path(module)
+        values = [value for pattern, value in patterns if pattern.match(path)]
         if len(set(values)) > 1:
-            self.notes.append(
+            self._notes.append(
                 f"{self._path}: {name} gives module {module} the values {values}; "
                 f"PEFT takes the first, {values[0]}"
             )
@@ -160,8 +164,17 @@ def _number(config: Mapping[str, Any], name: str, path: str) -> float | None:
 
 
 def module_path(stem: str) -> str:
-    """The path that PEFT matches patterns against: the key without its prefix."""
+    """The module's path in the base model: the key without its prefix."""
     return stem.removeprefix(PREFIX)
+
+
+def target_path(module: str) -> str:
+    """The path that PEFT matches targets and patterns against.
+
+    A MultiheadAttention `x` carries the factors of its output projection at
+    `x.base_layer.out_proj`, a module that `target_modules: [x]` and x's patterns stand for.
+    """
+    return module.partition(".base_layer.")[0]
 
 
 def names(module: str, layer: str) -> dict[str, str]:
@@ -189,7 +202,8 @@ def write_config(
     Ranks and alphas that differ from the commonest become exact, anchored patterns, which mean the
     same in whatever order JSON keeps them. Fields appear only where some loader needs them.
     """
-    rank, alpha = Counter(modules.values()).most_common(1)[0][0] if modules else (1, 1.0)
+    sizes = {target_path(module): size for module, size in modules.items()}
+    rank, alpha = Counter(sizes.values()).most_common(1)[0][0] if sizes else (1, 1.0)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": source.get("task_type"),
@@ -204,9 +218,9 @@ def write_config(
         "use_rslora": False,
         "target_modules": targets,
         "modules_to_save": (source.get("modules_to_save") or None) if keep_extras else None,
-        "rank_pattern": {_anchor(m): r for m, (r, _) in sorted(modules.items()) if r != rank},
+        "rank_pattern": {_anchor(m): r for m, (r, _) in sorted(sizes.items()) if r != rank},
         "alpha_pattern": {
-            _anchor(m): _integral(a) for m, (_, a) in sorted(modules.items()) if a != alpha
+            _anchor(m): _integral(a) for m, (_, a) in sorted(sizes.items()) if a != alpha
         },
     }
     if source.get("auto_mapping"):
@@ -218,22 +232,28 @@ def write_config(
     return config
 
 
-def target_modules(modules: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+def target_modules(
+    modules: Sequence[str], configs: Sequence[Mapping[str, Any]], *, keep_extras: bool
+) -> list[str]:
     """`target_modules` for exactly these modules.
 
     The short names that the inputs were trained with, where they cover the modules and nothing
     narrows them; otherwise full paths, which PEFT matches exactly whatever else the base contains.
+    Saved heads narrow too (their layers are no targets), unless the output saves the same ones.
     """
+    narrowing = ["layers_to_transform", "exclude_modules"]
+    if not keep_extras or len({str(config.get("modules_to_save")) for config in configs}) > 1:
+        narrowing.append("modules_to_save")
     names: set[str] = set()
+    paths = sorted({target_path(module) for module in modules})
     for config in configs:
         listed = config.get("target_modules")
-        narrowed = config.get("layers_to_transform") or config.get("exclude_modules")
-        if not isinstance(listed, list) or narrowed:
-            return sorted(modules)
+        if not isinstance(listed, list) or any(config.get(name) for name in narrowing):
+            return paths
         names.update(str(name) for name in listed)
-    used = {name for name in names if any(_targets(name, module) for module in modules)}
-    covered = all(any(_targets(name, module) for name in used) for module in modules)
-    return sorted(used) if used and covered else sorted(modules)
+    used = {name for name in names if any(_targets(name, path) for path in paths)}
+    covered = all(any(_targets(name, path) for name in used) for path in paths)
+    return sorted(used) if used and covered else paths
 
 
 def _targets(name: str, module: str) -> bool:
