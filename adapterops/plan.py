@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from adapterops.casts import DTYPE_NAMES, FORMATS
 from adapterops.errors import IncompatibleError, NumericsError, UnsupportedError, UsageError
 from adapterops.formats.model import AdapterFile, Layer, Site
+from adapterops.formats.names import translate
+
+# SDXL's kohya files name SGM blocks; its cross attention reads 2048 numbers, SD 1's and 2's fewer.
+_SDXL_CONTEXT = 2048
+_CONTEXT = re.compile(r"attn2[._]to_k$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,7 @@ def align(
     differ or nothing in common, UsageError for an unknown dtype or a pattern without matches.
     """
     warnings = [note for file in inputs for note in file.notes]
-    _check_dialects(inputs, to)
+    _check_dialects(inputs)
     _check_overlap(inputs)
     gathered: dict[str, list[Part]] = defaultdict(list)
     for index, (file, weight) in enumerate(zip(inputs, weights, strict=True)):
@@ -99,7 +104,10 @@ def align(
     if not gathered:
         raise NumericsError("every weight is zero: the result is nothing but zeros")
     chosen, left_out = _select(gathered, modules)
-    result = tuple(_module(stem, tuple(chosen[stem]), inputs) for stem in sorted(chosen))
+    names = _output_names(chosen, inputs[0], to or inputs[0].dialect)
+    result = tuple(
+        _module(stem, name, tuple(chosen[stem]), inputs) for stem, name in sorted(names.items())
+    )
     warnings += _base_warnings(inputs)
     if not any(module.columns for module in result):
         raise IncompatibleError("all adapters have rank 0: there is nothing to write")
@@ -107,14 +115,14 @@ def align(
         inputs=tuple(inputs),
         weights=tuple(weights),
         modules=result,
-        dialect=inputs[0].dialect,
+        dialect=to or inputs[0].dialect,
         dtype=_dtype(dtype, inputs[0]),
         left_out=left_out,
         warnings=tuple(warnings),
     )
 
 
-def _check_dialects(inputs: Sequence[AdapterFile], to: str | None) -> None:
+def _check_dialects(inputs: Sequence[AdapterFile]) -> None:
     first = inputs[0]
     for other in inputs[1:]:
         if other.dialect != first.dialect:
@@ -123,11 +131,30 @@ def _check_dialects(inputs: Sequence[AdapterFile], to: str | None) -> None:
                 "matching module names across dialects is not supported yet",
                 hint="convert one of them with the tool that wrote it",
             )
-    if to not in (None, first.dialect):
-        raise UnsupportedError(
-            f"--to {to}: the inputs are in the {first.dialect} dialect; "
-            "writing their modules under another dialect's names is not supported yet"
+
+
+def _output_names(chosen: dict[str, list[Part]], first: AdapterFile, to: str) -> dict[str, str]:
+    """stem -> the module's name in the output's dialect."""
+    stems = sorted(chosen)
+    if to == first.dialect:
+        return {stem: stem for stem in stems}
+    names = translate(stems, first.dialect, to)
+    sites = [(stem, part.site) for stem in stems for part in chosen[stem]]
+    odd = [stem for stem, s in sites if s.layer == "embedding" or "bias" in s.parts]
+    if odd:
+        raise IncompatibleError(
+            f"--to {to}: an embedding or a bias has no place in that dialect", module=odd[0]
         )
+    wide = [stem for stem, s in sites if s.shape[1] == _SDXL_CONTEXT and _CONTEXT.search(stem)]
+    if names is None or ("kohya" in (to, first.dialect) and wide):
+        raise IncompatibleError(
+            f"--to {to}: not every module of this {first.dialect} adapter has a name there "
+            f"(the first is {stems[0]!r}); fused and split projections and SGM names differ in "
+            "more than spelling",
+            path=first.path,
+            hint=f"leave --to away to write {first.dialect}",
+        )
+    return names
 
 
 def _check_overlap(inputs: Sequence[AdapterFile]) -> None:
@@ -165,7 +192,7 @@ def _select(
     return chosen, len(gathered) - len(chosen)
 
 
-def _module(stem: str, parts: tuple[Part, ...], inputs: Sequence[AdapterFile]) -> Module:
+def _module(stem: str, name: str, parts: tuple[Part, ...], inputs: Sequence[AdapterFile]) -> Module:
     first = parts[0].site
     for part in parts[1:]:
         site = part.site
@@ -182,7 +209,7 @@ def _module(stem: str, parts: tuple[Part, ...], inputs: Sequence[AdapterFile]) -
                 f"layer in {inputs[part.input].path}",
                 module=stem,
             )
-    return Module(stem, first.layer, first.shape, first.kernel, parts)
+    return Module(name, first.layer, first.shape, first.kernel, parts)
 
 
 def _extent(kernel: tuple[int, ...]) -> tuple[int, ...]:

@@ -121,6 +121,11 @@ def save(
     _check_apart(Path(os.path.realpath(out)), inputs)
     check_output(out, directory=directory, overwrite=options.overwrite)
     extras, dropped = plan_extras(inputs, weights, options.extras)
+    if extras and plan.dialect != plan.inputs[0].dialect:
+        raise IncompatibleError(
+            f"--to {plan.dialect}: {extras[0].name!r} has no name in that dialect",
+            hint="leave it out with --extras drop",
+        )
     copy = _is_copy(plan, options)
     if not copy:
         _check_size(plan, options.ranks)
@@ -187,6 +192,7 @@ def _is_copy(plan: Plan, options: Options) -> bool:
     return (
         options.ranks == Ranks()
         and options.dtype == "keep"
+        and plan.dialect == plan.inputs[0].dialect
         and len({part.input for module in plan.modules for part in module.parts}) == 1
         and all(
             len(module.parts) == 1 and module.parts[0].coefficient == module.parts[0].site.scale
