@@ -46,6 +46,11 @@ def like(array: np.ndarray[Any, Any], other: Array) -> Array:
     return torch.from_numpy(np.ascontiguousarray(array)).to(other.device)
 
 
+def is_out_of_device_memory(error: BaseException) -> bool:
+    """Whether torch ran out of CUDA memory."""
+    return type(error).__name__ == "OutOfMemoryError" and type(error).__module__ == "torch"
+
+
 def resolve_device(device: str) -> str:
     """Check a device name. "auto" is the CPU: a merge is done before CUDA has started.
 

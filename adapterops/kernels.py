@@ -1,6 +1,7 @@
 """What one job computes: pure functions from module plans to bytes and figures.
 
-A job holds modules of one shape and column structure: one on the CPU, many on CUDA.
+A job holds modules of one shape and column structure: one on the CPU, many on CUDA. Where CUDA
+memory runs out the job is done on the CPU instead.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adapterops import casts, linalg, streamed
-from adapterops.arrays import Array, host, namespace
+from adapterops.arrays import Array, host, is_out_of_device_memory, namespace
 from adapterops.certificate import Figures
 from adapterops.errors import NumericsError
 from adapterops.linalg import Core, Spectrum, Truncation
@@ -44,22 +45,32 @@ def peak(modules: Sequence[Module], rank: int) -> int:
 
 def spectra(modules: Sequence[Module], device: str) -> list[Spectrum]:
     """Singular values and numerical rank of each module's exact sum."""
-    if modules[0].columns > streamed.LARGE:
-        return [streamed.spectrum(Sum(module, device)) for module in modules]
-    B, A, cores = _stacked(modules, device)
-    return [linalg.spectrum(B[i], A[i], core) for i, core in enumerate(cores)]
+    try:
+        if modules[0].columns > streamed.LARGE:
+            return [streamed.spectrum(Sum(module, device)) for module in modules]
+        B, A, cores = _stacked(modules, device)
+        return [linalg.spectrum(B[i], A[i], core) for i, core in enumerate(cores)]
+    except RuntimeError as error:
+        if device == "cpu" or not is_out_of_device_memory(error):
+            raise
+    return [one for module in modules for one in spectra([module], "cpu")]
 
 
 def factors(modules: Sequence[Module], rank: int, dtype: str, device: str) -> list[Piece]:
     """Each module's sum at `rank`, rounded once to `dtype`, with its exact error."""
-    if streamed.applies(modules[0], rank):
-        return [_streamed(Sum(module, device), rank, dtype) for module in modules]
-    B, A, cores = _stacked(modules, device)
-    results = linalg.truncate(B, A, rank, cores)
-    return [
-        _piece(module, B[i], A[i], cores[i], result, dtype)
-        for i, (module, result) in enumerate(zip(modules, results, strict=True))
-    ]
+    try:
+        if streamed.applies(modules[0], rank):
+            return [_streamed(Sum(module, device), rank, dtype) for module in modules]
+        B, A, cores = _stacked(modules, device)
+        results = linalg.truncate(B, A, rank, cores)
+        return [
+            _piece(module, B[i], A[i], cores[i], result, dtype)
+            for i, (module, result) in enumerate(zip(modules, results, strict=True))
+        ]
+    except RuntimeError as error:
+        if device == "cpu" or not is_out_of_device_memory(error):
+            raise
+    return [piece for module in modules for piece in factors([module], rank, dtype, "cpu")]
 
 
 def copied(module: Module) -> Piece:

@@ -108,7 +108,7 @@ def align(
     result = tuple(
         _module(stem, name, tuple(chosen[stem]), inputs) for stem, name in sorted(names.items())
     )
-    warnings += _base_warnings(inputs)
+    warnings += _base_warnings(inputs) + _orientation_warnings(inputs)
     if not any(module.columns for module in result):
         raise IncompatibleError("all adapters have rank 0: there is nothing to write")
     return Plan(
@@ -228,6 +228,16 @@ def _base_warnings(inputs: Sequence[AdapterFile]) -> list[str]:
         return []
     shown = ", ".join(f"{base!r} ({bases[base].path})" for base in reversed(bases))
     return [f"the inputs name different base models: {shown}; their shapes agree"]
+
+
+def _orientation_warnings(inputs: Sequence[AdapterFile]) -> list[str]:
+    flags = {bool(file.config.get("fan_in_fan_out")): file.path for file in reversed(inputs)}
+    if len(flags) < 2 or inputs[0].dialect != "peft":
+        return []
+    return [
+        f"fan_in_fan_out is set in {flags[True]} and not in {flags[False]}; the first input's "
+        "value is kept"
+    ]
 
 
 def _dtype(name: str, first: AdapterFile) -> str:

@@ -123,6 +123,8 @@ def keep_freed_memory() -> None:
 
 def available_threads() -> int:
     """Processors this process may use: its affinity, cut by a cgroup quota."""
+    if not hasattr(os, "sched_getaffinity"):  # macOS
+        return os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0))
     quota = _cgroup("cpu.max").split()
     if len(quota) == 2 and quota[0].isdigit():
@@ -132,9 +134,12 @@ def available_threads() -> int:
 
 def available_memory() -> int:
     """Half of what the machine or the cgroup has free, in bytes."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    free = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux: count on a quarter of what is there
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     limit, used = _cgroup("memory.max").strip(), _cgroup("memory.current").strip()
     if limit.isdigit() and used.isdigit():
         free = min(free, max(int(limit) - int(used), 0))

@@ -448,3 +448,21 @@ def test_any_sum_matches_its_certificate(tmp_path_factory, terms, seed):
     )
     error = distance(read_peft(tmp_path / "m"), weighted(*summands))
     assert error == pytest.approx(report.error, rel=1e-5, abs=1e-13)
+
+
+def test_a_job_that_outgrows_the_device_is_done_on_the_cpu(tmp_path, monkeypatch):
+    import torch
+
+    from adapterops import linalg
+
+    a, b, da, db = two(tmp_path)
+    cores = linalg.cores
+
+    def full(B, A):
+        if not isinstance(B, np.ndarray):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return cores(B, A)
+
+    monkeypatch.setattr(linalg, "cores", full)
+    ao.merge([a, b], [1, 1], out=tmp_path / "m", device="torch", dtype="float32")
+    assert distance(read_peft(tmp_path / "m"), weighted((1, da), (1, db))) < 1e-7

@@ -96,7 +96,9 @@ def _sibling_config(file: Path) -> tuple[str | None, bool]:
         if candidate.is_file():
             return os.fspath(candidate), False
     beside = file.parent / peft.CONFIG
-    return (os.fspath(beside), True) if beside.is_file() else (None, False)
+    if not beside.is_file():
+        return None, False
+    return os.fspath(beside), file.name not in (peft.WEIGHTS, "adapter_model.bin")
 
 
 def read_text(path: str, limit: int = 16_000_000) -> bytes:

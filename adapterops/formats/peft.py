@@ -20,6 +20,8 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 BIASES = ("none", "lora_only", "all")  # values of `bias`, each trains what those before it do
 
+# For these PEFT expects a saved head in the file, whatever `modules_to_save` says.
+_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # Initialisations whose tensors are relative to a changed base; the others leave the base alone.
 _MOVED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _REFUSED_FIELDS = {
@@ -204,9 +206,10 @@ def write_config(
     """
     sizes = {target_path(module): size for module, size in modules.items()}
     rank, alpha = Counter(sizes.values()).most_common(1)[0][0] if sizes else (1, 1.0)
+    task = source.get("task_type")
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": source.get("task_type"),
+        "task_type": task if keep_extras or task not in _TASKS_WITH_HEADS else None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank,
