@@ -73,18 +73,21 @@ def factors(modules: Sequence[Module], rank: int, dtype: str, device: str) -> li
     return [piece for module in modules for piece in factors([module], rank, dtype, "cpu")]
 
 
-def copied(module: Module) -> Piece:
-    """A module with a single factor pair as it is in the file, bit for bit."""
+def copies(modules: Sequence[Module]) -> list[Piece]:
+    """Modules with a single factor pair as they are in the file, bit for bit."""
+    return [_copy(module) for module in modules]
+
+
+def _copy(module: Module) -> Piece:
     part = module.parts[0]
     B, A = part.site.factors()
-    core = linalg.cores(B[None], (A * part.coefficient)[None])[0]
-    size = linalg.norm(B, A * part.coefficient)
+    scaled = A * part.coefficient
+    size, bound = linalg.norm(B, scaled), linalg.cores(B[None], scaled[None])[0].beta
     refs = part.site.parts
-    bias = refs["bias"].raw().data if "bias" in refs else None
     figures = Figures(
         norm=size,
-        beta=core.beta,
-        floor=linalg.rank_floor(*module.shape, core.beta),
+        beta=bound,
+        floor=linalg.rank_floor(*module.shape, bound),
         truncation=0.0,
         storage=0.0,
         total=0.0,
@@ -93,6 +96,7 @@ def copied(module: Module) -> Piece:
         subnormal=0,
         route="copy",
     )
+    bias = refs["bias"].raw().data if "bias" in refs else None
     return Piece(module.stem, refs["B"].raw().data, refs["A"].raw().data, bias, figures)
 
 

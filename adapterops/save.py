@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from adapterops import kernels, ranks
+from adapterops import jobs, ranks
 from adapterops.card import model_card
 from adapterops.casts import FORMATS
 from adapterops.certificate import PlanReport, RankHint, Report, total
 from adapterops.certify import certify
 from adapterops.certify import notes as measured_notes
-from adapterops.errors import (
-    BudgetError,
-    IncompatibleError,
-    NumericsError,
-    OutputExistsError,
-    UsageError,
-)
+from adapterops.choose import check_size, choose_rank
+from adapterops.errors import BudgetError, IncompatibleError, NumericsError, OutputExistsError
 from adapterops.extras import Extra, extras_by_name, plan_extras
 from adapterops.files.header import Entry, encode_header, layout
 from adapterops.files.output import (
@@ -43,12 +37,11 @@ from adapterops.kernels import Piece
 from adapterops.layout import Layout, output_path, plan_output, sidecar_name
 from adapterops.linalg import Spectrum
 from adapterops.options import compute, parse_size
-from adapterops.plan import Module, Plan, align
-from adapterops.provenance import Origin, Provenance, base_name, file_sha256
+from adapterops.plan import Plan, align
+from adapterops.provenance import Origin, Provenance, base_name
 from adapterops.ranks import Ranks
-from adapterops.stream import Compute, Job, run
+from adapterops.stream import Compute
 
-_BATCH_BYTES = 256 << 20
 _RESERVE = 512
 
 
@@ -127,22 +120,33 @@ def save(
             hint="leave it out with --extras drop",
         )
     copy = _is_copy(plan, options)
+    side_files, left = _side_files(inputs, directory)
     if not copy:
-        _check_size(plan, options.ranks)
+        check_size(plan, options.ranks)
+    provenance = _provenance(plan, options, on)
+
+    def form_at(rank: int) -> tuple[Layout, dict[str, Entry], dict[str, str]]:
+        form = plan_output(plan, rank, extras, directory=directory, copy=copy)
+        return form, layout(form.tensors), {**form.metadata, PROVENANCE_KEY: provenance.to_json()}
 
     spectra: list[Spectrum] = []
-    if options.ranks.needs_spectra and not copy:
-        spectra = _spectra(plan, on, options)
-    rank = plan.input_rank if copy else _choose(plan, extras, spectra, options, directory, on)
-    form = plan_output(plan, rank, extras, directory=directory, copy=copy)
-    warnings = [*plan.warnings, *form.warnings]
+    rank = plan.input_rank
+    if not copy:
+        if options.ranks.needs_spectra:
+            spectra = jobs.spectra(plan, on, options.progress)
+        rank = choose_rank(
+            plan,
+            options.ranks,
+            spectra,
+            lambda k: _file_size(*form_at(k)[1:]),
+            lambda k: [p.figures for p in jobs.pieces(plan, k, on, options.progress)],
+        )
+    form, entries, metadata = form_at(rank)
+    size = _file_size(entries, metadata)
+    warnings = [*plan.warnings, *form.warnings, *left]
     if options.strict and warnings:
         raise IncompatibleError(f"--strict: {warnings[0]}")
-    entries = layout(form.tensors)
-    provenance = _provenance(plan, options, on)
-    metadata = {**form.metadata, PROVENANCE_KEY: provenance.to_json()}
-    size = _file_size(entries, metadata)
-    hints = _hints(plan, spectra, rank, options) if not copy else ()
+    hints = _hints(plan, spectra, rank, options)
     described = extras_by_name(extras, dropped)
     if options.dry_run:
         planned = _planned(plan, options, size, rank, described)
@@ -170,7 +174,7 @@ def save(
             digest, start = writer.data_sha256()
             metadata.update(kohya.model_hashes(entries, metadata, digest, start))
         writer.finish(metadata)
-        report = _companions(target, plan, form, report, provenance)
+        _companions(target, {**form.files, **side_files}, report, provenance)
     return report
 
 
@@ -208,130 +212,12 @@ def _is_copy(plan: Plan, options: Options) -> bool:
     )
 
 
-def _check_size(plan: Plan, chosen: Ranks) -> None:
-    """Refuse a lossless result that would be larger than the dense deltas."""
-    if chosen != Ranks() or plan.bound <= plan.input_rank:
-        return
-    if plan.parameters(plan.bound) >= plan.dense:
-        raise UsageError(
-            f"without a rank the result needs rank {plan.bound} and "
-            f"{plan.parameters(plan.bound):,} numbers, the dense weight changes themselves have "
-            f"{plan.dense:,}",
-            hint="choose --rank N, --rank same or --energy E, or merge into the base with bake",
-        )
-
-
-def _jobs(
-    plan: Plan, kernel: Callable[..., list[Any]], args: tuple[Any, ...], rank: int, on: Compute
-) -> Iterator[Job[list[Any]]]:
-    """One job per module on the CPU, one per batch of equal modules on a device."""
-    groups: dict[Any, list[Module]] = defaultdict(list)
-    for position, module in enumerate(plan.modules):
-        alike = (module.shape, tuple(part.site.rank for part in module.parts))
-        groups[position if on.device == "cpu" else alike].append(module)
-    for members in groups.values():
-        count = max(1, _BATCH_BYTES // max(1, kernels.peak(members[:1], rank)))
-        for start in range(0, len(members), count):
-            batch = tuple(members[start : start + count])
-            yield Job(batch[0].stem, kernel, (batch, *args, on.device), kernels.peak(batch, rank))
-
-
-def _spectra(plan: Plan, on: Compute, options: Options) -> list[Spectrum]:
-    jobs = _jobs(plan, kernels.spectra, (), 0, on)
-    return list(_watched(run(jobs, on), len(plan.modules), "singular values", options))
-
-
-def _watched(
-    results: Iterable[list[Any]], count: int, what: str, options: Options
-) -> Iterator[Any]:
-    done = 0
-    for result in results:
-        yield from result
-        done += len(result)
-        if options.progress:
-            options.progress(what, done, count)
-
-
-def _factors(plan: Plan, rank: int, on: Compute, options: Options) -> Iterator[Piece]:
-    jobs = _jobs(plan, kernels.factors, (rank, plan.dtype), rank, on)
-    return _watched(run(jobs, on), len(plan.modules), "merging", options)
-
-
-def _choose(
-    plan: Plan,
-    extras: Sequence[Extra],
-    spectra: Sequence[Spectrum],
-    options: Options,
-    directory: bool,
-    on: Compute,
-) -> int:
-    chosen = options.ranks
-    if chosen.rank is not None:
-        return plan.input_rank if chosen.rank == "same" else int(chosen.rank)
-    tail, full = ranks.tails(spectra), ranks.lossless(spectra)
-    if chosen.energy is not None:
-        return min(ranks.for_energy(tail, chosen.energy), full)
-    if chosen.size is not None:
-        return min(_largest_fitting(plan, extras, chosen.size, directory, options, on), full)
-    if chosen.max_error is not None:
-        return _within(plan, tail, full, chosen.max_error, options, on)
-    return full
-
-
-def _largest_fitting(
-    plan: Plan, extras: Sequence[Extra], size: int, directory: bool, options: Options, on: Compute
-) -> int:
-    """The largest rank whose file has at most `size` bytes; size is exact, header included."""
-    provenance = _provenance(plan, options, on).to_json()
-
-    def bytes_at(rank: int) -> int:
-        form = plan_output(plan, rank, extras, directory=directory, copy=False)
-        return _file_size(layout(form.tensors), {**form.metadata, PROVENANCE_KEY: provenance})
-
-    smallest = bytes_at(1)
-    if smallest > size:
-        raise BudgetError(
-            f"--size {size}: the smallest adapter of rank 1 has {smallest} bytes",
-            hint="leave modules out with --modules, or choose a narrower --dtype",
-        )
-    low, high = 1, max(plan.bound, 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if bytes_at(middle) <= size else (low, middle - 1)
-    return low
-
-
-def _within(
-    plan: Plan, tail: Any, full: int, max_error: float, options: Options, on: Compute
-) -> int:
-    """The smallest rank whose error as written, truncation and storage together, is allowed.
-
-    Truncation alone gives a lower bound; from there each rank is tried as it would be written.
-    """
-    size = float(tail[0])
-    rank = min(ranks.smallest(tail, max_error * size), full)
-    while True:
-        figures = [piece.figures for piece in _factors(plan, rank, on, options)]
-        error = total([figure.total for figure in figures])
-        if error <= max_error * size:
-            return rank
-        storage = total([figure.storage for figure in figures])
-        if rank == full or storage > max_error * size:
-            raise BudgetError(
-                f"--max-error {max_error:g} cannot be met: storing the result as "
-                f"{FORMATS[plan.dtype].name} alone costs {storage / size:.2g}",
-                hint="add --dtype float32" if plan.dtype != "F32" else "allow a larger error",
-            )
-        room = (max_error * size) ** 2 - storage**2
-        rank = min(max(rank + 1, ranks.smallest(tail, room**0.5)), full)
-
-
 def _provenance(plan: Plan, options: Options, on: Compute) -> Provenance:
-    jobs = [Job(file.path, file_sha256, (file.weights_file,), 1 << 22) for file in plan.inputs]
-    hashes = run(jobs, on)
     origins = tuple(
         Origin(base_name(file.path), sha256, weight)
-        for file, sha256, weight in zip(plan.inputs, hashes, plan.weights, strict=True)
+        for file, sha256, weight in zip(
+            plan.inputs, jobs.sha256s(plan, on), plan.weights, strict=True
+        )
     )
     chosen = options.ranks
     recorded = {
@@ -342,8 +228,20 @@ def _provenance(plan: Plan, options: Options, on: Compute) -> Provenance:
         "modules": options.modules,
         "extras": None if options.extras == "error" else options.extras,
         "dtype": None if options.dtype == "keep" else options.dtype,
+        "to": options.to,
+        "alpha": _given_alphas(plan.inputs) or None,
     }
     return Provenance("merge", origins, recorded)
+
+
+def _given_alphas(inputs: Sequence[AdapterFile]) -> dict[str, float]:
+    """Alphas that came from the user, by the input's index."""
+    return {
+        str(index): site.alpha
+        for index, file in enumerate(inputs)
+        for site in list(file.sites.values())[:1]
+        if site.alpha is not None and site.scale_from.startswith("--alpha")
+    }
 
 
 def _data_size(entries: dict[str, Entry]) -> int:
@@ -372,17 +270,13 @@ def _write(
     for name, data in form.constants.items():
         writer.put(name, data)
     if copy:
-        jobs = (
-            Job(module.stem, kernels.copied, (module,), kernels.peak([module], 0))
-            for module in plan.modules
-        )
-        results: Iterator[Piece] = run(jobs, on)
+        results = jobs.copies(plan, on, options.progress)
         for module in plan.modules:
-            site = module.parts[0].site
             if "alpha" in form.roles[module.stem]:
-                writer.put(form.roles[module.stem]["alpha"], site.parts["alpha"].raw().data)
+                name = form.roles[module.stem]["alpha"]
+                writer.put(name, module.parts[0].site.parts["alpha"].raw().data)
     else:
-        results = _factors(plan, rank, on, options)
+        results = jobs.pieces(plan, rank, on, options.progress)
     kept = []
     for piece in results:
         names = form.roles[piece.stem]
@@ -426,25 +320,33 @@ def _check_unchanged(file: AdapterFile) -> None:
     next(iter(file.sites.values())).parts["A"].source.check_unchanged()
 
 
+def _side_files(
+    inputs: Sequence[AdapterFile], directory: bool
+) -> tuple[dict[str, bytes], list[str]]:
+    """Tokenizer files beside the inputs: those that travel, warnings about those that do not."""
+    carried: dict[str, bytes] = {}
+    warnings = []
+    for name in sorted({name for file in inputs for name in file.side_files}):
+        contents = {
+            (Path(file.path) / name).read_bytes() for file in inputs if name in file.side_files
+        }
+        if not directory:
+            warnings.append(f"{name} beside the inputs does not fit into one file")
+        elif len(contents) > 1:
+            warnings.append(f"{name} differs between the inputs and was left out")
+        else:
+            carried[name] = contents.pop()
+    return carried, warnings
+
+
 def _companions(
-    target: Staging, plan: Plan, form: Layout, report: Report, provenance: Provenance
-) -> Report:
-    """Config, model card, tokenizer files and the sidecar with every measured figure."""
-    for name, data in form.files.items():
+    target: Staging, files: Mapping[str, bytes], report: Report, provenance: Provenance
+) -> None:
+    """Config, tokenizer files, model card and the sidecar with every measured figure."""
+    for name, data in files.items():
         target.write(name, data)
-    warnings = list(report.warnings)
     if target.directory:
         target.write("README.md", model_card(report).encode())
-        for name in sorted({name for file in plan.inputs for name in file.side_files}):
-            content = _agreed_side_file(plan.inputs, name)
-            if content is None:
-                warnings.append(f"{name} differs between the inputs and was left out")
-            else:
-                target.write(name, content)
-    elif any(file.side_files for file in plan.inputs):
-        names = sorted({name for file in plan.inputs for name in file.side_files})
-        warnings.append(f"{', '.join(names)} beside the inputs do not fit into one file")
-    report = replace(report, warnings=tuple(warnings))
     document = {
         **report.to_dict(),
         "output": base_name(report.output),
@@ -452,13 +354,6 @@ def _companions(
     }
     name = SIDECAR if target.directory else sidecar_name(target.final)
     target.write(name, json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n")
-    return report
-
-
-def _agreed_side_file(inputs: Sequence[AdapterFile], name: str) -> bytes | None:
-    """A side file's bytes if all inputs that have it agree."""
-    contents = {(Path(file.path) / name).read_bytes() for file in inputs if name in file.side_files}
-    return contents.pop() if len(contents) == 1 else None
 
 
 def _planned(

@@ -15,7 +15,7 @@ LAYERS = [
     {"files", "casts", "linalg", "factors", "stream"},
     {"formats", "certificate", "options"},
     {"plan", "ranks", "provenance", "extras"},
-    {"streamed", "kernels", "layout", "certify", "card"},
+    {"streamed", "kernels", "jobs", "choose", "layout", "certify", "card"},
     {"save"},
     {"adapter"},
     {"verbs"},

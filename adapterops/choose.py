@@ -1,0 +1,96 @@
+"""The output's uniform rank, from what the user asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from adapterops import ranks
+from adapterops.casts import FORMATS
+from adapterops.certificate import Figures, total
+from adapterops.errors import BudgetError, UsageError
+from adapterops.linalg import Spectrum
+from adapterops.plan import Plan
+from adapterops.ranks import Ranks
+
+
+def check_size(plan: Plan, chosen: Ranks) -> None:
+    """Refuse a lossless result that would be larger than the dense deltas.
+
+    It concerns sums whose rank outgrows every input's; a single adapter is never refused.
+    """
+    if chosen != Ranks() or plan.bound <= plan.input_rank:
+        return
+    if plan.parameters(plan.bound) >= plan.dense:
+        raise UsageError(
+            f"without a rank the result needs rank {plan.bound} and "
+            f"{plan.parameters(plan.bound):,} numbers, the dense weight changes themselves have "
+            f"{plan.dense:,}",
+            hint="choose --rank N, --rank same or --energy E, or merge into the base with bake",
+        )
+
+
+def choose_rank(
+    plan: Plan,
+    chosen: Ranks,
+    spectra: Sequence[Spectrum],
+    bytes_at: Callable[[int], int],
+    figures_at: Callable[[int], list[Figures]],
+) -> int:
+    """The rank that `chosen` means for this plan.
+
+    `bytes_at` is the exact size of the weights file at a rank, `figures_at` what storing every
+    module at a rank would lose. Raises BudgetError where no rank will do.
+    """
+    if chosen.rank is not None:
+        return plan.input_rank if chosen.rank == "same" else int(chosen.rank)
+    tail, full = ranks.tails(spectra), ranks.lossless(spectra)
+    if chosen.energy is not None:
+        return min(ranks.for_energy(tail, chosen.energy), full)
+    if chosen.size is not None:
+        return _largest_fitting(chosen.size, full, bytes_at)
+    if chosen.max_error is not None and tail[0] > 0:
+        return _within(plan, spectra, chosen.max_error, figures_at)
+    return full
+
+
+def _largest_fitting(size: int, full: int, bytes_at: Callable[[int], int]) -> int:
+    """The largest useful rank whose file has at most `size` bytes."""
+    smallest = bytes_at(1)
+    if smallest > size:
+        raise BudgetError(
+            f"--size {size}: the smallest adapter of rank 1 has {smallest} bytes",
+            hint="leave modules out with --modules, or choose a narrower --dtype",
+        )
+    low, high = 1, full
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if bytes_at(middle) <= size else (low, middle - 1)
+    return low
+
+
+def _within(
+    plan: Plan,
+    spectra: Sequence[Spectrum],
+    max_error: float,
+    figures_at: Callable[[int], list[Figures]],
+) -> int:
+    """The smallest rank whose error as written, truncation and storage together, is allowed.
+
+    Truncation alone gives a lower bound; from there each rank is tried as it would be written.
+    """
+    tail, full = ranks.tails(spectra), ranks.lossless(spectra)
+    size = float(tail[0])
+    rank = min(ranks.smallest(tail, max_error * size), full)
+    while True:
+        figures = figures_at(rank)
+        if total([figure.total for figure in figures]) <= max_error * size:
+            return rank
+        storage = total([figure.storage for figure in figures])
+        if rank == full or storage > max_error * size:
+            raise BudgetError(
+                f"--max-error {max_error:g} cannot be met: storing the result as "
+                f"{FORMATS[plan.dtype].name} alone costs {storage / size:.2g}",
+                hint="add --dtype float32" if plan.dtype != "F32" else "allow a larger error",
+            )
+        room = (max_error * size) ** 2 - storage**2
+        rank = min(max(rank + 1, ranks.smallest(tail, room**0.5)), full)

@@ -1,0 +1,74 @@
+"""A plan's work as jobs: hashes, singular values, finished tensors, in plan order on the CPU."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from adapterops import kernels
+from adapterops.kernels import Piece
+from adapterops.linalg import Spectrum
+from adapterops.plan import Module, Plan
+from adapterops.provenance import file_sha256
+from adapterops.stream import Compute, Job, run
+
+Progress = Callable[[str, int, int], None]
+_BATCH_BYTES = 256 << 20
+_HASH_BYTES = 4 << 20
+
+
+def spectra(plan: Plan, on: Compute, progress: Progress | None) -> list[Spectrum]:
+    """Singular values of every module's exact sum."""
+    jobs = _jobs(plan, kernels.spectra, (), 0, on)
+    return list(_watched(run(jobs, on), plan, "singular values", progress))
+
+
+def pieces(plan: Plan, rank: int, on: Compute, progress: Progress | None) -> Iterator[Piece]:
+    """Every module's sum at one rank, stored and measured."""
+    jobs = _jobs(plan, kernels.factors, (rank, plan.dtype), rank, on)
+    return _watched(run(jobs, on), plan, "merging", progress)
+
+
+def copies(plan: Plan, on: Compute, progress: Progress | None) -> Iterator[Piece]:
+    """The only input's tensors as they are."""
+    jobs = (
+        Job(module.stem, kernels.copies, ((module,),), kernels.peak([module], 1))
+        for module in plan.modules
+    )
+    return _watched(run(jobs, on), plan, "copying", progress)
+
+
+def sha256s(plan: Plan, on: Compute) -> list[str]:
+    """The hash of every input's weights file."""
+    files = [file.weights_file for file in plan.inputs]
+    return list(run([Job(path, file_sha256, (path,), _HASH_BYTES) for path in files], on))
+
+
+def _jobs(
+    plan: Plan, kernel: Callable[..., list[Any]], args: tuple[Any, ...], rank: int, on: Compute
+) -> Iterator[Job[list[Any]]]:
+    """One job per module on the CPU, one per batch of equal modules on a device.
+
+    How modules are batched depends on their shapes alone, so the result does not depend on memory.
+    """
+    groups: dict[Any, list[Module]] = defaultdict(list)
+    for position, module in enumerate(plan.modules):
+        alike = (module.shape, tuple(part.site.rank for part in module.parts))
+        groups[position if on.device == "cpu" else alike].append(module)
+    for members in groups.values():
+        count = max(1, _BATCH_BYTES // max(1, kernels.peak(members[:1], rank)))
+        for start in range(0, len(members), count):
+            batch = tuple(members[start : start + count])
+            yield Job(batch[0].stem, kernel, (batch, *args, on.device), kernels.peak(batch, rank))
+
+
+def _watched(
+    results: Iterable[list[Any]], plan: Plan, what: str, progress: Progress | None
+) -> Iterator[Any]:
+    done = 0
+    for result in results:
+        yield from result
+        done += len(result)
+        if progress:
+            progress(what, done, len(plan.modules))
