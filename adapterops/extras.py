@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -49,34 +49,32 @@ class Extra:
 
 
 def plan_extras(
-    inputs: Sequence[AdapterFile], weights: Sequence[float], policy: str
+    inputs: Sequence[AdapterFile],
+    weights: Sequence[float],
+    policy: str,
+    output_name: Callable[[str], str],
 ) -> tuple[list[Extra], list[str]]:
     """What becomes of the inputs' extras, and the names of those left out.
 
+    Two names with one `output_name` are the same tensor. An input of weight 0 has no say.
     `error`: carried if all inputs that have the tensor agree to the last bit; `first`: of the first
     input that has it; `average`: Σwx / Σw over those that have it; `drop`: none.
     """
     if policy not in get_args(Policy):
         raise UsageError(f"--extras {policy!r}: expected one of {', '.join(get_args(Policy))}")
-    owners: dict[str, list[int]] = defaultdict(list)
-    for index, file in enumerate(inputs):
-        for name in file.extras:
-            owners[name].append(index)
+    owners: dict[str, list[tuple[Ref, float]]] = defaultdict(list)
+    for file, weight in zip(inputs, weights, strict=True):
+        for name, ref in file.extras.items() if weight else ():
+            owners[output_name(name)].append((ref, weight))
     if policy == "drop":
         return [], sorted(owners)
-    if policy == "error":
-        _check_token_rows(inputs)
-    return [_extra(name, owners[name], inputs, weights, policy) for name in sorted(owners)], []
+    if policy != "first":
+        _check_token_rows([file for file, w in zip(inputs, weights, strict=True) if w])
+    return [_extra(name, owners[name], policy) for name in sorted(owners)], []
 
 
-def _extra(
-    name: str,
-    owners: Sequence[int],
-    inputs: Sequence[AdapterFile],
-    weights: Sequence[float],
-    policy: str,
-) -> Extra:
-    refs = [inputs[index].extras[name] for index in owners]
+def _extra(name: str, owners: Sequence[tuple[Ref, float]], policy: str) -> Extra:
+    refs = [ref for ref, _ in owners]
     first = refs[0]
     alone = Extra(name, first.dtype, first.shape, (first,), (1.0,))
     if policy == "first" or len(refs) == 1 or _equal(refs):
@@ -94,7 +92,7 @@ def _extra(
             f"{name!r} cannot be averaged: {_describe(first)} and {_describe(other)}",
             hint="choose --extras first or drop",
         )
-    chosen = tuple(weights[index] for index in owners)
+    chosen = tuple(weight for _, weight in owners)
     if math.fsum(chosen) == 0.0:
         raise UsageError(f"--extras average: the weights of {name!r} sum to 0")
     return Extra(name, first.dtype, first.shape, tuple(refs), chosen)

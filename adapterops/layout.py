@@ -13,6 +13,7 @@ import numpy as np
 
 from adapterops import casts
 from adapterops.casts import FORMATS
+from adapterops.errors import IncompatibleError
 from adapterops.extras import Extra
 from adapterops.formats import diffusers, kohya, peft
 from adapterops.formats.model import AdapterFile, Site
@@ -178,6 +179,7 @@ def _peft(plan: Plan, rank: int, extras: Sequence[Extra], directory: bool, copy:
     else:
         tensors, roles, constants = _new_names(plan, rank)
         sizes = {module.stem: (rank, float(rank)) for module in plan.modules}
+        _check_heads(plan, extras)
     config = peft.write_config(
         source,
         next((file.base for file in plan.inputs if file.base), None),
@@ -194,6 +196,21 @@ def _peft(plan: Plan, rank: int, extras: Sequence[Extra], directory: bool, copy:
     if not directory:
         return Layout(tensors, roles, constants, {**metadata, diffusers.METADATA_KEY: text})
     return Layout(tensors, roles, constants, metadata, {peft.CONFIG: text.encode() + b"\n"})
+
+
+def _check_heads(plan: Plan, extras: Sequence[Extra]) -> None:
+    """A module cannot be saved whole and adapted in one file: PEFT would ignore the factors."""
+    names = {extra.name: extra for extra in extras}
+    for module in plan.modules:
+        extra = names.get(f"{peft.PREFIX}{module.stem}.weight")
+        if extra is not None:
+            adapted = plan.inputs[module.parts[0].input]
+            raise IncompatibleError(
+                f"{adapted.path} adapts it, {extra.refs[0].source.path} carries it whole "
+                "(modules_to_save); one adapter cannot do both",
+                module=module.stem,
+                hint="choose --extras drop, or leave the module out with --modules",
+            )
 
 
 def _copied_peft(

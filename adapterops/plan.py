@@ -209,7 +209,8 @@ def _module(stem: str, name: str, parts: tuple[Part, ...], inputs: Sequence[Adap
                 f"layer in {inputs[part.input].path}",
                 module=stem,
             )
-    return Module(name, first.layer, first.shape, first.kernel, parts)
+    shaped = next((part.site for part in parts if part.site.kernel), first)
+    return Module(name, shaped.layer, first.shape, shaped.kernel, parts)
 
 
 def _extent(kernel: tuple[int, ...]) -> tuple[int, ...]:

@@ -113,7 +113,7 @@ def save(
     out, directory, notes = output_path(options.out, plan.dialect)
     _check_apart(Path(os.path.realpath(out)), inputs)
     check_output(out, directory=directory, overwrite=options.overwrite)
-    extras, dropped = plan_extras(inputs, weights, options.extras)
+    extras, dropped = plan_extras(inputs, weights, options.extras, _extra_name(plan))
     if extras and plan.dialect != plan.inputs[0].dialect:
         raise IncompatibleError(
             f"--to {plan.dialect}: {extras[0].name!r} has no name in that dialect",
@@ -189,6 +189,14 @@ def _check_apart(final: Path, inputs: Sequence[AdapterFile]) -> None:
                     path=os.fspath(final),
                     hint="choose another name; inputs are never changed",
                 )
+
+
+def _extra_name(plan: Plan) -> Callable[[str], str]:
+    """How the output's dialect names a tensor that is no factor."""
+    if plan.dialect != "peft":
+        return lambda name: name
+    modules = {module.stem for module in plan.modules}
+    return lambda name: peft.extra_name(name, modules)
 
 
 def _is_copy(plan: Plan, options: Options) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,7 +60,7 @@ def run(jobs: Iterable[Job[T]], on: Compute) -> Iterator[T]:
                     done, future = pending.popleft()
                     flying -= done.peak
                     yield _result(done, future)
-                pending.append((job, pool.submit(job.kernel, *job.args)))
+                pending.append((job, _submit(pool, job)))
                 flying += job.peak
             while pending:
                 done, future = pending.popleft()
@@ -67,6 +68,15 @@ def run(jobs: Iterable[Job[T]], on: Compute) -> Iterator[T]:
         finally:
             for _, future in pending:
                 future.cancel()
+
+
+def _submit(pool: ThreadPoolExecutor, job: Job[T]) -> Future[T]:
+    try:
+        return pool.submit(job.kernel, *job.args)
+    except RuntimeError as error:  # no memory for another thread's stack, or too many threads
+        raise MemoryLimitError(
+            f"cannot start a worker ({error})", module=job.key, hint="run with a smaller -j"
+        ) from None
 
 
 def _result(job: Job[T], future: Future[T]) -> T:
@@ -82,11 +92,35 @@ def _result(job: Job[T], future: Future[T]) -> T:
         ) from None
 
 
+class _OneThread:
+    """One BLAS thread while any run is under way; runs that overlap share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs = 0
+        self._limits: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._runs:
+                self._limits = threadpool_limits(1)
+            self._runs += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._runs -= 1
+            if not self._runs:
+                self._limits.restore_original_limits()
+
+
+_BLAS = _OneThread()
+
+
 @contextlib.contextmanager
 def _one_blas_thread(device: str) -> Iterator[None]:
     """A pool of workers with one BLAS thread each beats one worker with many on thin factors."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(threadpool_limits(1))
+        stack.enter_context(_BLAS)
         if device != "cpu":
             stack.enter_context(_exact_torch(device))
         yield

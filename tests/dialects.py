@@ -14,7 +14,6 @@ from adapterops.errors import (
     AdapterOpsError,
     FormatError,
     IncompatibleError,
-    UnsafeFileError,
     UnsupportedError,
 )
 
@@ -92,6 +91,14 @@ PEFT = (
     Peft("all-linear", *([{"target_modules": "all-linear"}] * 2), "llama"),
 )
 
+# What PEFT trains beside the factors, by the LoraConfig that asks for it.
+EXTRAS: Mapping[str, Mapping[str, Any]] = {
+    "heads (modules_to_save)": {"modules_to_save": ["head", "wide"]},
+    "biases of adapted layers (bias: lora_only)": {"bias": "lora_only"},
+    "all biases (bias: all)": {"bias": "all"},
+    "token rows (trainable_token_indices)": {"trainable_token_indices": {"embed": [5, 2]}},
+}
+
 
 @dataclass(frozen=True)
 class Kohya:
@@ -112,7 +119,7 @@ UNET_ATTENTION = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn
 TEXT_LAYER = "lora_te_text_model_encoder_layers_0_"
 _LINEAR = {"lora_unet_double_blocks_0_img_attn_qkv": ((48,), (16,))}
 _CONV = {"lora_unet_input_blocks_1_0_in_layers_2": ((12,), (8, 3, 3))}
-_POINT = {"lora_unet_input_blocks_1_1_proj_in": ((12,), (8, 1, 1))}
+_POINT = {"lora_unet_input_blocks_1_1_proj_in": ((24,), (16, 1, 1))}
 KOHYA = (
     Kohya("linear, alpha 0-d", _LINEAR),
     Kohya("linear, alpha of shape [1]", _LINEAR, alpha_shape=(1,)),
@@ -131,7 +138,7 @@ KOHYA = (
     Kohya("linear, bfloat16", _LINEAR, dtype="bfloat16"),
     Kohya(
         "unknown architecture, by stem",
-        {"lora_unet__blocks_7_self_attn_q": ((8,), (8,)), "lycoris_x_y": ((6,), (4,))},
+        {"lora_unet__blocks_7_self_attn_q": ((20,), (20,)), "lycoris_x_y": ((24,), (16,))},
     ),
     Kohya(
         "SD 1.x UNet: attention, 1 x 1, 3 x 3",
@@ -418,7 +425,7 @@ REFUSED = (
 CORPUS_REFUSED: Mapping[str, tuple[type[AdapterOpsError], str]] = {
     "cloneofsimo__lora/analog_svd_rank4.safetensors": (UnsupportedError, "cloneofsimo"),
     "cloneofsimo__lora/lora_disney_inpainting.safetensors": (UnsupportedError, "cloneofsimo"),
-    "cloneofsimo__lora/lora_pop.pt": (UnsafeFileError, "pickle"),
+    "cloneofsimo__lora/lora_pop.pt": (UnsupportedError, "holds a list"),
     "wujindou__BLOOM-LORA/adapter_model.bin": (UnsupportedError, "MergedLinear"),
     "wyek1n__MLX-CLI/0000100/adapters.safetensors": (UnsupportedError, "MLX"),
     "wyek1n__MLX-CLI/0000200/adapters.safetensors": (UnsupportedError, "MLX"),
@@ -436,6 +443,7 @@ def table() -> str:
         "|---|---|---|---|---|---|",
     ]
     rows = [("peft", case.kind, "PEFT") for case in PEFT]
+    rows += [("peft", kind, "PEFT") for kind in EXTRAS]
     rows += [("kohya", case.kind, case.reader) for case in KOHYA]
     rows += [("diffusers", f"{case.component}: {case.kind}", "diffusers") for case in DIFFUSERS]
     lines += [f"| {dialect} | {kind} | yes | yes | yes | {by} |" for dialect, kind, by in rows]

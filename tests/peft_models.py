@@ -47,6 +47,19 @@ def base(kind: str = "tiny") -> Any:
                 tie_word_embeddings=False,
             )
         ).eval()
+    if kind == "classifier":
+        from transformers import RobertaConfig, RobertaForSequenceClassification
+
+        return RobertaForSequenceClassification(
+            RobertaConfig(
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=16,
+                vocab_size=32,
+                max_position_embeddings=16,
+            )
+        ).eval()
     return _tiny().eval()
 
 

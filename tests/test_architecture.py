@@ -25,7 +25,7 @@ LAYERS = [
 
 
 def layer_of(module: str) -> int:
-    head = (module.split(".") + [""])[1]
+    head = [*module.split("."), ""][1]
     return next(index for index, names in enumerate(LAYERS) if head in names)
 
 

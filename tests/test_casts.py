@@ -44,7 +44,7 @@ def nearest(x: float, dtype: str) -> float:
 
 
 def traps(dtype: str) -> list[float]:
-    """Ties, near-ties that float32 cannot tell apart, subnormals, the last number before overflow."""
+    """Ties, near-ties beyond float32, subnormals, the last number before overflow."""
     form = casts.FORMATS[dtype]
     half = 2.0 ** -(form.mantissa + 1)
     ties = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from adapterops.errors import (
 from tests.support import (
     dense,
     distance,
+    load_file,
     pairs,
     read_kohya,
     read_peft,
@@ -32,6 +34,8 @@ from tests.support import (
 )
 
 SHAPES = {f"model.layers.{i}.self_attn.{p}_proj": (24, 32) for i in range(2) for p in "qv"}
+# Set ADAPTEROPS_TEST_DEVICE=cuda where there is one; "torch" is the same code on the host.
+DEVICES = ["cpu", os.environ.get("ADAPTEROPS_TEST_DEVICE", "torch")]
 STORAGE = {"float32": 1e-7, "float16": 2e-3, "bfloat16": 1.5e-2}
 
 
@@ -44,7 +48,7 @@ def two(tmp_path: Path, **kwargs) -> tuple[Path, Path, dict, dict]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("device", ["cpu", "torch"])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rank", [None, 1, 3, 5, 9, "same"])
 def test_sum_is_exact_and_certificate_is_true(tmp_path, dtype, device, rank):
     a, b, da, db = two(tmp_path)
@@ -240,7 +244,7 @@ class TestManyInputs:
             terms.append((weight, dense(factors)))
         inputs = [tmp_path / f"a{index}" for index in range(140)]
         exact = weighted(*terms)
-        for device in ("cpu", "torch"):
+        for device in DEVICES:
             out = tmp_path / f"m{device}"
             report = ao.merge(inputs, weights, out=out, rank=4, device=device)
             assert {m.route for m in report.modules.values()} == {"range"}
@@ -466,3 +470,63 @@ def test_a_job_that_outgrows_the_device_is_done_on_the_cpu(tmp_path, monkeypatch
     monkeypatch.setattr(linalg, "cores", full)
     ao.merge([a, b], [1, 1], out=tmp_path / "m", device="torch", dtype="float32")
     assert distance(read_peft(tmp_path / "m"), weighted((1, da), (1, db))) < 1e-7
+
+
+class TestExtras:
+    """Heads, biases and token rows are values; regression tests of what was once lost."""
+
+    def head(self, value: float) -> dict[str, np.ndarray]:
+        return {"base_model.model.score.weight": np.full((2, 3), value, np.float32)}
+
+    def test_a_bias_moves_below_base_layer_where_the_result_adapts_the_layer(self, tmp_path):
+        bias = {"base_model.model.head.bias": np.ones(12, np.float32)}
+        write_peft(tmp_path / "a", pairs(1, {"x.q": (16, 24)}, 2), extras=bias, bias="all")
+        write_peft(tmp_path / "b", pairs(2, {"x.q": (16, 24), "head": (12, 24)}, 2))
+        ao.merge([tmp_path / "a", tmp_path / "b"], [0.7, 0.3], out=tmp_path / "m")
+        names = set(load_file(tmp_path / "m" / "adapter_model.safetensors"))
+        assert "base_model.model.head.base_layer.bias" in names
+        assert "base_model.model.head.bias" not in names
+
+    def test_both_spellings_are_one_tensor(self, tmp_path):
+        one = {"base_model.model.head.bias": np.ones(12, np.float32)}
+        two = {"base_model.model.head.base_layer.bias": np.zeros(12, np.float32)}
+        write_peft(tmp_path / "a", pairs(1, {"x.q": (16, 24)}, 2), extras=one, bias="all")
+        shapes = {"x.q": (16, 24), "head": (12, 24)}
+        write_peft(tmp_path / "b", pairs(2, shapes, 2), extras=two, bias="all")
+        with pytest.raises(IncompatibleError, match=r"head\.base_layer\.bias.*differs"):
+            ao.merge([tmp_path / "a", tmp_path / "b"], [0.7, 0.3], out=tmp_path / "m")
+
+    @pytest.mark.parametrize("policy", ["error", "average"])
+    def test_rows_of_different_tokens_are_not_mixed(self, tmp_path, policy):
+        name = "base_model.model.embed.token_adapter.trainable_tokens_delta"
+        for index, tokens in enumerate(([5, 2], [7, 8])):
+            rows = {name: np.full((2, 3), float(index), np.float32)}
+            write_peft(
+                tmp_path / str(index),
+                pairs(index, SHAPES, 2),
+                extras=rows,
+                trainable_token_indices={"embed": tokens},
+            )
+        with pytest.raises(IncompatibleError, match="different tokens"):
+            ao.merge([tmp_path / "0", tmp_path / "1"], [1, 1], out=tmp_path / "m", extras=policy)
+
+    def test_an_input_of_weight_zero_has_no_say(self, tmp_path):
+        for name, seed in (("a", 1), ("b", 2)):
+            write_peft(tmp_path / name, pairs(seed, SHAPES, 2), extras=self.head(seed))
+        ao.merge([tmp_path / "a", tmp_path / "b"], [1, 0], out=tmp_path / "m")
+        written = load_file(tmp_path / "m" / "adapter_model.safetensors")
+        assert np.all(written["base_model.model.score.weight"] == 1.0)
+
+
+def test_a_1x1_convolution_keeps_its_kernel_whichever_input_has_it(tmp_path):
+    shapes = {"lora_unet_mid_block_proj_in": (20, 24)}
+    flat, deep = pairs(1, shapes, 3), pairs(2, shapes, 3)
+    four = {k: (B[..., None, None], A[..., None, None]) for k, (B, A) in deep.items()}
+    write_kohya(tmp_path / "flat.safetensors", flat, alpha=3)
+    write_kohya(tmp_path / "four.safetensors", four, alpha=3)
+    files = [tmp_path / "flat.safetensors", tmp_path / "four.safetensors"]
+    ao.merge(files, [1, 1], out=tmp_path / "m.safetensors")
+    exact = weighted((1, dense(flat)), (1, dense(deep)))
+    assert distance(read_kohya(tmp_path / "m.safetensors"), exact) < 1e-6
+    tensors = load_file(tmp_path / "m.safetensors")
+    assert tensors["lora_unet_mid_block_proj_in.lora_down.weight"].shape == (6, 24, 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from adapterops.errors import ChangedError, FileError
 from adapterops.files import source
-from adapterops.files.source import LocalFile, MemoryFile, read_bytes, read_header
+from adapterops.files.source import LocalFile, MemoryFile, file_header, read_bytes, read_header
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
@@ -273,6 +274,31 @@ def test_a_descriptor_in_use_is_not_closed(tmp_path, monkeypatch):
     assert len(pool._open) <= 2
     for _, descriptor in pool._open.values():
         os.close(descriptor)
+
+
+def test_a_closed_file_holds_no_descriptor_and_can_be_read_again(numbers):
+    """An open descriptor would keep the space of a deleted file."""
+    file = LocalFile(numbers)
+    file.close()
+    assert read_bytes(file, 0, 2) == b"\x00\x01"
+    assert _links_to(numbers) == 1
+    file.close()
+    file.close()
+    assert _links_to(numbers) == 0
+    assert read_bytes(file, 0, 2) == b"\x00\x01"
+    file.close()
+    (numbers.parent / "x").write_bytes(b"\x02" + bytes(7) + b"{}")
+    assert file_header(numbers.parent / "x").tensors == {}
+    assert _links_to(numbers.parent / "x") == 0
+
+
+def _links_to(path: Path) -> int:
+    """How many descriptors of this process are open on a file."""
+    found = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found += entry.readlink() == path
+    return found
 
 
 def test_a_file_opened_again_must_be_the_same(tmp_path, monkeypatch):

@@ -2,28 +2,34 @@
 
 A file is staged beside its final name, a directory as a hidden sibling. Commit is fsync, reopen and
 compare, rename, fsync of the parent. An exception, Ctrl-C or SIGTERM removes the staging; after
-SIGKILL a dot-file `.NAME.adapterops-PID-…` is left, never anything under the final name.
+SIGKILL a dot-file `.NAME.adapterops-PID-…` is left, never anything under the final name. Commits
+into one folder wait for each other, and a signal waits for the commit.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapterops.errors import FileError, FormatError, OutputExistsError
 from adapterops.files.header import Entry, encode_header
-from adapterops.files.source import LocalFile, read_header
+from adapterops.files.source import file_header
 
 SIDECAR = "adapterops.json"
 PROVENANCE_KEY = "adapterops"
 _HASH_BLOCK = 1 << 20
+_AT_FDCWD, _EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 
 class TensorWriter:
@@ -55,6 +61,11 @@ class TensorWriter:
                 min(_HASH_BLOCK, self.data_size - position),
                 self.header_size + position,
             )
+            if not block:
+                raise FileError(
+                    f"ends at byte {self.header_size + position}: it was cut while being written",
+                    path=self.path,
+                )
             if len(start) < 2 * _HASH_BLOCK:
                 start += block
             digest.update(block)
@@ -66,7 +77,12 @@ class TensorWriter:
         self._write(memoryview(encode_header(self.entries, metadata, self.header_size)), 0)
         os.ftruncate(self._descriptor, self.header_size + self.data_size)
         os.fsync(self._descriptor)
-        written = read_header(LocalFile(self.path))
+        try:
+            written = file_header(self.path)
+        except FormatError as error:
+            raise FileError(
+                f"the file read back is not what was written ({error.message})", path=self.path
+            ) from None
         if dict(written.tensors) != dict(self.entries) or written.metadata != dict(metadata):
             raise FileError("the header read back differs from what was written", path=self.path)
 
@@ -82,10 +98,11 @@ class TensorWriter:
 class Staging:
     """The unfinished output: files inside it are renamed to their final names on commit."""
 
-    def __init__(self, final: Path, directory: bool) -> None:
+    def __init__(self, final: Path, directory: bool, overwrite: bool) -> None:
         self.final = final
         self.directory = directory
-        tag = f".{final.name}.adapterops-{os.getpid()}-{secrets.token_hex(4)}"
+        self.overwrite = overwrite
+        tag = f".{final.name[:40]}.adapterops-{os.getpid()}-{secrets.token_hex(4)}"
         self.root = final.parent / tag
         self._files: dict[str, Path] = {}
         self._writers: list[TensorWriter] = []
@@ -124,20 +141,41 @@ class Staging:
         return staged
 
     def commit(self) -> None:
-        """Give everything its final name, the main file last."""
+        """Give everything its final name, unless something has appeared there meanwhile."""
         self._close()
         if self.directory:
             _sync_directory(self.root)
-            _publish_directory(self.root, self.final)
-        else:
-            for name, staged in sorted(
-                self._files.items(), key=lambda item: item[0] == self.final.name
-            ):
-                target = self.final.with_name(name)
-                if target.exists():
-                    os.chmod(staged, target.stat().st_mode & 0o7777)
-                os.replace(staged, target)
+        with _alone(self.final.parent):
+            check_output(self.final, directory=self.directory, overwrite=self.overwrite)
+            if self.directory:
+                _publish_directory(self.root, self.final)
+            else:
+                self._publish_files()
         _sync_directory(self.final.parent)
+
+    def _publish_files(self) -> None:
+        """The companions, then the main file in one step; if that fails, the old companions."""
+        staged = {self.final.with_name(name): path for name, path in self._files.items()}
+        main = staged.pop(self.final)
+        swapped: list[tuple[Path, Path]] = []
+        try:
+            for target, path in staged.items():
+                old = path.with_name(path.name + "-old")
+                if target.exists():
+                    _keep_mode(path, target)
+                    os.rename(target, old)
+                swapped.append((target, old))
+                os.rename(path, target)
+            _keep_mode(main, self.final)
+            os.replace(main, self.final)
+        except BaseException:
+            for target, old in swapped:
+                target.unlink(missing_ok=True)
+                if old.exists():
+                    os.rename(old, target)
+            raise
+        for _, old in swapped:
+            old.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove whatever was staged."""
@@ -145,7 +183,8 @@ class Staging:
         if self.directory:
             shutil.rmtree(self.root, ignore_errors=True)
         for staged in self._files.values():
-            staged.unlink(missing_ok=True)
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
 
     def _close(self) -> None:
         while self._writers:
@@ -159,22 +198,67 @@ def stage(out: str | os.PathLike[str], *, directory: bool, overwrite: bool) -> I
     Raises OutputExistsError, and FileError for whatever the operating system refuses.
     """
     final = check_output(out, directory=directory, overwrite=overwrite)
+    staging = None
     try:
-        staging = Staging(final, directory)
-    except OSError as error:
-        raise unwritable(out, error) from None
-    try:
+        with _undisturbed():
+            staging = Staging(final, directory, overwrite)
         yield staging
-        staging.commit()
+        with _undisturbed():
+            staging.commit()
     except BaseException as error:
-        staging.discard()
+        if staging:
+            with _undisturbed():
+                staging.discard()
         if isinstance(error, OSError) and not isinstance(error, FileError):
             raise unwritable(out, error) from None
         raise
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is done; only the main thread ever sees them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    late: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, frame: late.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if late:
+            signal.raise_signal(late[0])
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One commit into a folder at a time, where the folder can be locked at all."""
+    descriptor = None
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def check_output(out: str | os.PathLike[str], *, directory: bool, overwrite: bool) -> Path:
     """The path to write, links resolved; refuses one that exists and must not be replaced."""
+    try:
+        return _checked(out, directory, overwrite)
+    except FileError:
+        raise
+    except OSError as error:
+        raise unwritable(out, error) from None
+
+
+def _checked(out: str | os.PathLike[str], directory: bool, overwrite: bool) -> Path:
     final = Path(os.path.realpath(out))
     if not final.parent.is_dir():
         raise FileError(
@@ -214,7 +298,7 @@ def is_ours(directory: Path) -> bool:
         pass
     for path in directory.glob("*.safetensors"):
         try:
-            if PROVENANCE_KEY in read_header(LocalFile(path)).metadata:
+            if PROVENANCE_KEY in file_header(path).metadata:
                 return True
         except (FileError, FormatError):
             continue
@@ -229,22 +313,45 @@ def unwritable(path: str | os.PathLike[str], error: OSError) -> FileError:
 
 
 def _publish_directory(staged: Path, final: Path) -> None:
-    if not final.exists() or not any(final.iterdir()):
-        os.rename(staged, final)
-        return
-    os.chmod(staged, final.stat().st_mode & 0o7777)
     old = staged.with_name(staged.name + "-old")
-    os.rename(final, old)
+    if final.exists():
+        for path in final.iterdir():
+            if path.is_file() and (staged / path.name).is_file():
+                _keep_mode(staged / path.name, path)
+        _keep_mode(staged, final)
+        if any(final.iterdir()):
+            if _exchange(staged, final):
+                shutil.rmtree(staged, ignore_errors=True)
+                return
+            os.rename(final, old)
     try:
         os.rename(staged, final)
     except BaseException:
-        os.rename(old, final)
+        if old.exists():
+            os.rename(old, final)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step, so that no moment is without either; False if it cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux; not on every file system
+    if rename is None:
+        return False
+    done: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE)
+    return done == 0
+
+
+def _keep_mode(staged: Path, replaced: Path) -> None:
+    if replaced.exists():
+        os.chmod(staged, replaced.stat().st_mode & 0o7777)
+
+
 def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:  # a folder that may be written but not listed
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:

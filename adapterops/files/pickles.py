@@ -8,11 +8,12 @@ into safetensors bytes, so that everything behind this module knows one format.
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
 from typing import Any
 
 from adapterops.errors import FormatError, UnsafeFileError, UnsupportedError
-from adapterops.files.source import LocalFile, MemoryFile
+from adapterops.files.source import LocalFile, MemoryFile, read_bytes
 
 
 def open_pickle(path: str | os.PathLike[str]) -> MemoryFile:
@@ -21,13 +22,16 @@ def open_pickle(path: str | os.PathLike[str]) -> MemoryFile:
     Raises UnsafeFileError for anything but a plain archive of tensors.
     """
     name = os.fspath(path)
-    size = LocalFile(name).size()
-    _check_archive(name, size)
-    return MemoryFile(name, _to_safetensors(name, _load(name)))
+    file = LocalFile(name)
+    _check_archive(file)
+    return MemoryFile(name, _to_safetensors(name, _load(name)), file)
 
 
-def _check_archive(path: str, size: int) -> None:
-    if not zipfile.is_zipfile(path):
+def _check_archive(file: LocalFile) -> None:
+    path, size = file.path, file.size()
+    start = bytes(read_bytes(file, 0, min(size, 4)))
+    file.close()
+    if start != b"PK\x03\x04":  # by the start, as torch judges; zipfile looks from the end
         raise UnsafeFileError(
             "not a PyTorch zip archive (pickles of before torch 1.6 are refused)",
             path=path,
@@ -36,7 +40,7 @@ def _check_archive(path: str, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise FormatError(f"a broken zip archive ({error})", path=path) from None
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
@@ -53,6 +57,8 @@ def _load(path: str) -> dict[str, Any]:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # torch raises many kinds; none may be retried unsafely
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsafeFileError(f"not a plain archive of tensors ({reason})", path=path) from None

@@ -89,6 +89,10 @@ class LocalFile:
             raise
         return descriptor
 
+    def close(self) -> None:
+        """Give the descriptor back: while one is open, a deleted file still fills the disk."""
+        _POOL.forget(self)
+
     def _compare(self, status: os.stat_result) -> None:
         if _identity(status) != self._identity:
             raise ChangedError(
@@ -101,11 +105,12 @@ class LocalFile:
 class MemoryFile:
     """Bytes in memory that read like a file (what a checked pickle was turned into)."""
 
-    __slots__ = ("_data", "path")
+    __slots__ = ("_data", "_origin", "path")
 
-    def __init__(self, path: str, data: bytes) -> None:
+    def __init__(self, path: str, data: bytes, origin: LocalFile | None = None) -> None:
         self.path = path
         self._data = data
+        self._origin = origin
 
     def size(self) -> int:
         return len(self._data)
@@ -114,7 +119,9 @@ class MemoryFile:
         buffer[:] = self._data[offset : offset + len(buffer)]
 
     def check_unchanged(self) -> None:
-        return
+        """Raise ChangedError if the file that the bytes were made from is another now."""
+        if self._origin:
+            self._origin.check_unchanged()
 
 
 def unreadable(path: str, error: OSError) -> FileError:
@@ -153,6 +160,11 @@ class _Pool:
             with self._lock:
                 self._users[key] -= 1
 
+    def forget(self, file: LocalFile) -> None:
+        with self._lock:
+            if id(file) in self._open and not self._users.pop(id(file), 0):
+                os.close(self._open.pop(id(file))[1])
+
     def _close_idle(self) -> None:
         for key in list(self._open):
             if len(self._open) <= self._limit:
@@ -190,6 +202,15 @@ def read_header(source: Source) -> Header:
                 hint="name it .bin or .pt and pass --allow-pickle if you trust where it is from",
             ) from None
         raise
+
+
+def file_header(path: str | os.PathLike[str]) -> Header:
+    """The checked header of a file that is not read any further."""
+    file = LocalFile(path)
+    try:
+        return read_header(file)
+    finally:
+        file.close()
 
 
 def _looks_like_pickle(first: bytes) -> bool:

@@ -25,6 +25,7 @@ COMPONENTS = (
 )
 # transformers 5 left this level out of CLIPTextModel; a target's tail matches with and without.
 _TEXT_MODEL = "text_model."
+_WRAPPER = "base_model.model."
 _BARE_UNET = re.compile(r"^(down_blocks|mid_block|up_blocks)\.")
 _OLD_TEXT = re.compile(
     r"^(?P<block>text_encoder.*\.self_attn)\.(?P<leaf>to_q|to_k|to_v|to_out\.0)$"
@@ -35,8 +36,12 @@ _ATTENTION = re.compile(r"^(?P<block>.*\.attn\d*)\.(?P<leaf>to_q|to_k|to_v|to_ou
 def canonical(stem: str) -> str:
     """A stem with its component and the module's own name.
 
-    Old attention processor files leave out `unet.` and call a text encoder's `q_proj` `to_q`.
+    Old attention processor files leave out `unet.` and call a text encoder's `q_proj` `to_q`; some
+    trainers leave PEFT's wrapper in the middle (`unet.base_model.model.`).
     """
+    part = component(stem)
+    if part:
+        stem = f"{part}.{stem.removeprefix(part + '.').removeprefix(_WRAPPER)}"
     if _BARE_UNET.match(stem):
         return f"unet.{stem}"
     old = _OLD_TEXT.match(stem)

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from adapterops.errors import FormatError, UnsupportedError
@@ -177,6 +177,21 @@ def target_path(module: str) -> str:
     `x.base_layer.out_proj`, a module that `target_modules: [x]` and x's patterns stand for.
     """
     return module.partition(".base_layer.")[0]
+
+
+def extra_name(name: str, modules: Collection[str]) -> str:
+    """The saved name of a trained bias or weight beside LoRA on `modules`.
+
+    PEFT moves an adapted layer's own parameters below `base_layer`; which layers are adapted may
+    differ between an input and the result.
+    """
+    owner, _, leaf = name.removeprefix(PREFIX).rpartition(".")
+    plain = owner.removesuffix(".base_layer")
+    if leaf not in ("bias", "weight") or not name.startswith(PREFIX):
+        return name
+    if plain in modules:
+        return f"{PREFIX}{plain}.base_layer.{leaf}"
+    return f"{PREFIX}{plain}.{leaf}"
 
 
 def names(module: str, layer: str) -> dict[str, str]:
