@@ -180,18 +180,16 @@ def target_path(module: str) -> str:
 
 
 def extra_name(name: str, modules: Collection[str]) -> str:
-    """The saved name of a trained bias or weight beside LoRA on `modules`.
+    """The saved name of a trained bias beside LoRA on `modules`.
 
-    PEFT moves an adapted layer's own parameters below `base_layer`; which layers are adapted may
-    differ between an input and the result.
+    PEFT moves an adapted layer's own bias below `base_layer`; which layers are adapted may differ
+    between an input and the result.
     """
     owner, _, leaf = name.removeprefix(PREFIX).rpartition(".")
     plain = owner.removesuffix(".base_layer")
-    if leaf not in ("bias", "weight") or not name.startswith(PREFIX):
+    if leaf != "bias" or not name.startswith(PREFIX):
         return name
-    if plain in modules:
-        return f"{PREFIX}{plain}.base_layer.{leaf}"
-    return f"{PREFIX}{plain}.{leaf}"
+    return f"{PREFIX}{plain}{'.base_layer' if plain in modules else ''}.bias"
 
 
 def names(module: str, layer: str) -> dict[str, str]:

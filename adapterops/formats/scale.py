@@ -1,0 +1,154 @@
+"""The scale of each module, from wherever its dialect keeps it; two places at odds are an error."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from adapterops.errors import FormatError, IncompatibleError
+from adapterops.formats import diffusers, kohya, peft
+from adapterops.formats.model import Site
+
+_Scale = tuple[float, float, str]  # scale, the alpha it was made from, where that was found
+
+
+class ScaleFinder:
+    """Finds each module's scale, and that no two places contradict each other."""
+
+    def __init__(
+        self,
+        path: str,
+        dialect: str,
+        metadata: Mapping[str, str],
+        alpha: float | None,
+        alpha_wins: bool,
+    ) -> None:
+        self._path = path
+        self._dialect = dialect
+        self._metadata = metadata
+        self._alpha = alpha
+        self._alpha_wins = alpha_wins
+        self._configs: list[tuple[str, dict[str, peft.Scales]]] = []
+        self.notes: list[str] = []
+
+    def add_config(self, config: Mapping[str, Any], where: str) -> None:
+        """Take `config` for a source of scales; a diffusers config has a part per component."""
+        parts = ("", *diffusers.COMPONENTS) if self._dialect == "diffusers" else ("",)
+        scales = {
+            part: peft.Scales(diffusers.component_config(config, part), where, self.notes)
+            for part in parts
+        }
+        self._configs.append((where, scales))
+
+    def scaled(self, site: Site) -> Site:
+        """The site with its scale and where it came from."""
+        if self._alpha is not None and self._alpha_wins:
+            return _given(site, self._alpha)
+        found = [
+            replace(site, scale=scale, alpha=alpha, scale_from=origin)
+            for scale, alpha, origin in (
+                *self._from_tensor(site),
+                *self._from_config(site),
+                *self._from_header(site),
+            )
+        ]
+        for other in found[1:]:
+            if not math.isclose(other.scale, found[0].scale, rel_tol=_tolerance(site)):
+                raise IncompatibleError(
+                    f"two scales disagree: {found[0].scale:.6g} by {found[0].scale_from}, "
+                    f"{other.scale:.6g} by {other.scale_from}",
+                    path=self._path,
+                    module=site.stem,
+                    hint=f"say which with --alpha {self._path}=X",
+                )
+        if found:
+            return found[0]
+        if self._alpha is not None:
+            return _given(site, self._alpha)
+        if self._dialect == "peft":
+            raise IncompatibleError(
+                "no scale: there is no adapter_config.json and no alpha anywhere",
+                path=self._path,
+                hint="give the alpha it was trained with: --alpha X",
+            )
+        return replace(site, scale=1.0, scale_from="assumed (no alpha: alpha = rank)")
+
+    def _from_tensor(self, site: Site) -> Iterator[_Scale]:
+        ref = site.parts.get("alpha")
+        if ref is None:
+            return
+        if math.prod(ref.shape) != 1:
+            raise FormatError(
+                f"{ref.name!r} has shape {list(ref.shape)}, expected one number", path=self._path
+            )
+        value = float(ref.read().reshape(-1)[0])
+        if not math.isfinite(value):
+            raise FormatError(f"{ref.name!r} is {value}", path=self._path)
+        if value == 0.0:
+            raise IncompatibleError(
+                "alpha is 0, which some loaders read as alpha = rank and others as no effect",
+                path=self._path,
+                module=site.stem,
+                hint=f"say what is meant with --alpha {self._path}=X",
+            )
+        scale = value / site.rank if site.rank else 1.0
+        yield scale, value, f"alpha {value:g} / rank {site.rank}"
+
+    def _from_config(self, site: Site) -> Iterator[_Scale]:
+        part = diffusers.component(site.stem) if self._dialect == "diffusers" else ""
+        module = site.stem.removeprefix(part + ".") if part else site.stem
+        for where, parts in self._configs:
+            scales = parts[part]
+            if not scales.known:
+                continue
+            expected = scales.rank(module)
+            if expected is not None and expected != site.rank:
+                raise IncompatibleError(
+                    f"the config says r={expected:g}, its tensors have rank {site.rank}, so "
+                    "alpha / r is unknown",
+                    path=self._path,
+                    module=site.stem,
+                    hint=f"correct rank_pattern in the config, or give --alpha {self._path}=X",
+                )
+            origin = f"lora_alpha in {os.path.basename(where)}"
+            yield scales.scale(module, site.rank), scales.alpha(module), origin
+
+    def _from_header(self, site: Site) -> Iterator[_Scale]:
+        if not site.rank:
+            return
+        if self._dialect == "kohya":
+            spatial = any(extent != 1 for extent in site.kernel)
+            alpha = kohya.header_alpha(self._metadata, site.rank, spatial)
+            if alpha is not None:
+                yield alpha / site.rank, alpha, "ss_network_alpha"
+            return
+        part = diffusers.component(site.stem)
+        prefix = f"{part}." if part and f"{part}.lora_alpha" in self._metadata else ""
+        text = self._metadata.get(f"{prefix}lora_alpha") or self._metadata.get("alpha")
+        if text is None:
+            return
+        rank_text = self._metadata.get(f"{prefix}r") or self._metadata.get("rank")
+        try:
+            alpha, rank = float(text), float(rank_text) if rank_text else float(site.rank)
+        except ValueError:
+            raise FormatError(
+                f"the header's alpha {text!r} or rank {rank_text!r} is no number", path=self._path
+            ) from None
+        if math.isfinite(alpha) and rank == site.rank:
+            yield alpha / site.rank, alpha, "alpha in the header"
+
+
+def _given(site: Site, alpha: float) -> Site:
+    scale = alpha / site.rank if site.rank else 1.0
+    return replace(
+        site, scale=scale, alpha=alpha, scale_from=f"--alpha {alpha:g} / rank {site.rank}"
+    )
+
+
+def _tolerance(site: Site) -> float:
+    """Two sources of a scale agree up to the rounding of a stored alpha."""
+    ref = site.parts.get("alpha")
+    return {"F16": 2.0**-10, "BF16": 2.0**-7}.get(ref.dtype if ref else "", 1e-6)
