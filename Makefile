@@ -12,7 +12,7 @@ demo: $(VENV)/core  ## set up, merge the example adapters, show the report
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/demo.sh
 
 test: $(VENV)/dev  ## set up and run the tests
-	$(PY) -m pytest -n 2 --dist loadgroup -m "not long" --durations=15
+	$(PY) -m pytest -n 2 --dist loadfile -m "not long" --durations=15
 
 check: $(VENV)/dev  ## lint, formatting, types
 	$(PY) -m ruff check .
@@ -20,7 +20,7 @@ check: $(VENV)/dev  ## lint, formatting, types
 	$(PY) -m mypy
 
 long: $(VENV)/dev  ## random searches and crash campaigns
-	$(PY) -m pytest -n 2 --dist loadgroup -m long
+	$(PY) -m pytest -n 2 --dist loadfile -m long
 
 wheel: $(VENV)/core  ## the built wheel works without anything but its dependencies
 	tests/wheel_test.sh

@@ -13,7 +13,7 @@ import numpy as np
 
 from adapterops import casts
 from adapterops.casts import FORMATS
-from adapterops.errors import IncompatibleError
+from adapterops.errors import IncompatibleError, UsageError
 from adapterops.extras import Extra
 from adapterops.formats import diffusers, kohya, peft
 from adapterops.formats.model import AdapterFile, Site
@@ -40,6 +40,8 @@ class Layout:
 
 def output_path(out: str, dialect: str) -> tuple[str, bool, list[str]]:
     """The path to write, whether it is a directory, and notes about how it was understood."""
+    if not out or "\0" in out:
+        raise UsageError(f"the output {out!r} is no file name")
     if out.endswith(".safetensors"):
         if dialect != "peft":
             return out, False, []

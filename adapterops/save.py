@@ -29,8 +29,10 @@ from adapterops.files.output import (
     Staging,
     TensorWriter,
     check_output,
+    is_ours,
     stage,
 )
+from adapterops.files.source import Source
 from adapterops.formats import kohya, peft
 from adapterops.formats.model import AdapterFile
 from adapterops.kernels import Piece
@@ -109,10 +111,22 @@ def save(
 
     Raises every error of `adapterops.errors`; nothing is written when it does.
     """
+    try:
+        return _save(inputs, weights, options, on)
+    finally:
+        for file in inputs:
+            _source(file).close()
+
+
+def _save(
+    inputs: Sequence[AdapterFile], weights: Sequence[float], options: Options, on: Compute
+) -> Report | PlanReport:
     plan = align(inputs, weights, modules=options.modules, dtype=options.dtype, to=options.to)
     out, directory, notes = output_path(options.out, plan.dialect)
     _check_apart(Path(os.path.realpath(out)), inputs)
-    check_output(out, directory=directory, overwrite=options.overwrite)
+    final = check_output(out, directory=directory, overwrite=options.overwrite)
+    if not directory:
+        _check_sidecar(final.with_name(sidecar_name(final)))
     extras, dropped = plan_extras(inputs, weights, options.extras, _extra_name(plan))
     if extras and plan.dialect != plan.inputs[0].dialect:
         raise IncompatibleError(
@@ -169,7 +183,7 @@ def save(
         )
         _check_promises(report, pieces, options)
         for file in inputs:
-            _check_unchanged(file)
+            _source(file).check_unchanged()
         if plan.dialect == "kohya":
             digest, start = writer.data_sha256()
             metadata.update(kohya.model_hashes(entries, metadata, digest, start))
@@ -197,6 +211,16 @@ def _extra_name(plan: Plan) -> Callable[[str], str]:
         return lambda name: name
     modules = {module.stem for module in plan.modules}
     return lambda name: peft.extra_name(name, modules)
+
+
+def _check_sidecar(path: Path) -> None:
+    """A file that happens to be called like our sidecar is not replaced."""
+    if path.exists() and not is_ours(path):
+        raise OutputExistsError(
+            "exists, was not written by adapterops, and is where the certificate would go",
+            path=os.fspath(path),
+            hint="choose another name for the output",
+        )
 
 
 def _is_copy(plan: Plan, options: Options) -> bool:
@@ -324,8 +348,8 @@ def _check_promises(report: Report, pieces: Sequence[Piece], options: Options) -
         raise BudgetError(f"the error as written is {report.error:.4g}, over --max-error {bound:g}")
 
 
-def _check_unchanged(file: AdapterFile) -> None:
-    next(iter(file.sites.values())).parts["A"].source.check_unchanged()
+def _source(file: AdapterFile) -> Source:
+    return next(iter(file.sites.values())).parts["A"].source
 
 
 def _side_files(

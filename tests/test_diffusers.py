@@ -16,8 +16,6 @@ from adapterops.errors import FormatError, IncompatibleError
 from tests.dialects import DIFFUSERS, Diffusers
 from tests.support import dense, distance, pairs, weighted
 
-pytestmark = pytest.mark.xdist_group("peers")
-
 
 @pytest.fixture(scope="session")
 def images() -> Any:

@@ -16,8 +16,6 @@ from adapterops.errors import FormatError, IncompatibleError
 from tests.dialects import KOHYA, Kohya
 from tests.support import dense, distance, pairs, read_kohya, weighted, write_kohya
 
-pytestmark = pytest.mark.xdist_group("peers")
-
 LINEAR = KOHYA[0]
 
 

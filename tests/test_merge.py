@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import adapterops as ao
 from adapterops.errors import (
     BudgetError,
+    FileError,
     IncompatibleError,
     NumericsError,
     UnsupportedError,
@@ -530,3 +531,28 @@ def test_a_1x1_convolution_keeps_its_kernel_whichever_input_has_it(tmp_path):
     assert distance(read_kohya(tmp_path / "m.safetensors"), exact) < 1e-6
     tensors = load_file(tmp_path / "m.safetensors")
     assert tensors["lora_unet_mid_block_proj_in.lora_down.weight"].shape == (6, 24, 1, 1)
+
+
+class TestOutputNames:
+    def test_a_foreign_file_where_the_sidecar_would_go_is_kept(self, tmp_path):
+        factors = pairs(1, {"lora_unet_q": (16, 24)}, 2)
+        write_kohya(tmp_path / "k.safetensors", factors, alpha=2)
+        mine = tmp_path / "x.adapterops.json"
+        mine.write_text('{"mine": 1}')
+        with pytest.raises(UsageError, match=r"x\.adapterops\.json.*not written by adapterops"):
+            ao.merge([tmp_path / "k.safetensors"], out=tmp_path / "x.safetensors", overwrite=True)
+        assert mine.read_text() == '{"mine": 1}'
+        mine.unlink()
+        ao.merge([tmp_path / "k.safetensors"], out=tmp_path / "x.safetensors")
+        ao.merge([tmp_path / "k.safetensors"], out=tmp_path / "x.safetensors", overwrite=True)
+
+    @pytest.mark.parametrize("out", ["", "a\0b"])
+    def test_no_file_name(self, tmp_path, out):
+        a, *_ = two(tmp_path)
+        with pytest.raises(UsageError, match="no file name"):
+            ao.merge([a], out=out)
+
+    def test_an_input_name_that_is_too_long_is_a_missing_file(self, tmp_path):
+        with pytest.raises(FileError) as caught:
+            ao.merge(["n" * 300], out=tmp_path / "m")
+        assert caught.value.exit_code == 6

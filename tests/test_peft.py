@@ -16,8 +16,6 @@ import adapterops as ao
 from tests.dialects import PEFT, Peft
 from tests.support import distance, weighted
 
-pytestmark = pytest.mark.xdist_group("peers")
-
 WEIGHTS = ([0.7, 0.3], [-1.5, 0.4], [1.0, 0.0])
 by_case = pytest.mark.parametrize("case", PEFT, ids=lambda case: case.kind)
 

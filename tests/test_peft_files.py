@@ -16,8 +16,6 @@ from adapterops.errors import FormatError, IncompatibleError
 from tests.dialects import EXTRAS
 from tests.support import dense, distance, pairs, weighted, write_kohya, write_peft
 
-pytestmark = pytest.mark.xdist_group("peers")
-
 SHAPES = {"layers.0.q_proj": (12, 10), "layers.1.q_proj": (12, 10)}
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -23,8 +23,6 @@ from adapterops.files.pickles import open_pickle
 from adapterops.files.source import read_bytes, read_header
 from tests.support import pairs, write_peft
 
-pytestmark = pytest.mark.xdist_group("torch")
-
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:

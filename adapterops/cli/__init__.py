@@ -73,7 +73,7 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt) as error:
         if isinstance(error, AdapterOpsError):
             _fail(error, wants_json)
-        _fail(Interrupted("interrupted; nothing was written"), wants_json)
+        _fail(Interrupted("interrupted; no unfinished output was left"), wants_json)
     except AdapterOpsError as error:
         _fail(error, wants_json)
     except MemoryError:
@@ -92,7 +92,7 @@ def main() -> NoReturn:
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Interrupted("terminated; nothing was written")
+    raise Interrupted("terminated; no unfinished output was left")
 
 
 def _fail(error: AdapterOpsError, wants_json: bool) -> NoReturn:

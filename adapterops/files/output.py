@@ -288,14 +288,17 @@ def _checked(out: str | os.PathLike[str], directory: bool, overwrite: bool) -> P
     return final
 
 
-def is_ours(directory: Path) -> bool:
-    """Whether a directory carries our provenance, in the sidecar or in a tensor file's header."""
+def is_ours(path: Path) -> bool:
+    """Whether a sidecar, or a directory by its sidecar or a tensor file's header, is our work."""
+    sidecar, directory = (path / SIDECAR, path) if path.is_dir() else (path, path.parent)
     try:
-        document = json.loads((directory / SIDECAR).read_text(encoding="utf-8"))
+        document = json.loads(sidecar.read_text(encoding="utf-8"))
         if str(document.get("schema", "")).startswith("adapterops."):
             return True
     except (OSError, ValueError, AttributeError):
         pass
+    if not path.is_dir():
+        return False
     for path in directory.glob("*.safetensors"):
         try:
             if PROVENANCE_KEY in file_header(path).metadata:

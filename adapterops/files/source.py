@@ -29,6 +29,7 @@ class Source(Protocol):
     def size(self) -> int: ...
     def pread_into(self, offset: int, buffer: memoryview) -> None: ...
     def check_unchanged(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class LocalFile:
@@ -117,6 +118,9 @@ class MemoryFile:
 
     def pread_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self._data[offset : offset + len(buffer)]
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def check_unchanged(self) -> None:
         """Raise ChangedError if the file that the bytes were made from is another now."""

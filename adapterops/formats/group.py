@@ -54,6 +54,7 @@ def _processor_stem(stem: str, grouped: Mapping[str, Any]) -> str | None:
 
 
 def not_an_adapter(refs: Mapping[str, Ref], path: str) -> FormatError:
+    """The error for a file without a single LoRA factor, showing what it holds instead."""
     shown = ", ".join(repr(name) for name in list(refs)[:3]) or "none at all"
     return FormatError(
         f"is not a LoRA adapter: none of its {len(refs)} tensors is a LoRA factor ({shown})",
@@ -103,6 +104,7 @@ def make_sites(
     dialect: str,
     path: str,
 ) -> tuple[dict[str, Site], dict[str, Ref]]:
+    """Sites by module, each with both its factors, and the tensors that are none: the extras."""
     sites: dict[str, Site] = {}
     for stem, parts in sorted(grouped.items()):
         module = _module(stem, dialect)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterops.errors import FileError, FormatError
-from adapterops.files.source import LocalFile
+from adapterops.files.source import LocalFile, unreadable
 from adapterops.formats import peft
 
 _WEIGHTS = (
@@ -53,8 +53,13 @@ def locate(path: str | os.PathLike[str]) -> Located:
     Raises FileError if there is nothing, FormatError if a directory holds no adapter or several.
     """
     given = Path(path)
-    if given.is_dir():
-        return _in_directory(given)
+    try:
+        if given.is_dir():
+            return _in_directory(given)
+    except FileError:
+        raise
+    except OSError as error:
+        raise unreadable(os.fspath(path), error) from None
     LocalFile(given)  # raises where it is missing or unreadable
     config, shared = _sibling_config(given)
     return Located(os.fspath(given), config, shared)
