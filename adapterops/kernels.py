@@ -37,9 +37,9 @@ def peak(modules: Sequence[Module], rank: int) -> int:
     module = modules[0]
     columns, perimeter = module.columns, sum(module.shape)
     if rank and streamed.applies(module, rank):
-        return 8 * (perimeter * (8 * rank + 1024) + (1 << 22))
+        return streamed.peak(module, rank)
     if not rank and columns > streamed.LARGE:
-        return 8 * 4 * math.prod(module.shape)
+        return streamed.peak(module, rank) + 8 * 3 * math.prod(module.shape)
     return len(modules) * 8 * (perimeter * (3 * columns + 6 * rank) + 8 * columns * columns)
 
 
@@ -182,7 +182,7 @@ def _streamed(total: Sum, rank: int, dtype: str) -> Piece:
     result = streamed.truncate(total, rank)
     stored = _Stored.of(total.module, result, dtype)
     change_b, change_a = stored.change(result)
-    cross = sum(streamed.inner(total, change_b, change_a)) - _inner(
+    cross = streamed.inner_with_sum(total, change_b, change_a) - _inner(
         result.B, result.A, change_b, change_a
     )
     return stored.piece(
@@ -190,7 +190,7 @@ def _streamed(total: Sum, rank: int, dtype: str) -> Piece:
         result,
         linalg.norm(change_b, change_a),
         cross,
-        streamed.input_norms(total),
+        total.parts[1],
         streamed.inner(total, stored.B, stored.A),
     )
 

@@ -376,16 +376,17 @@ def _companions(
 ) -> None:
     """Config, tokenizer files, model card and the sidecar with every measured figure."""
     for name, data in files.items():
-        target.write(name, data)
+        target.write(name, [data])
     if target.directory:
-        target.write("README.md", model_card(report).encode())
+        target.write("README.md", [model_card(report).encode()])
     document = {
         **report.to_dict(),
         "output": base_name(report.output),
         "provenance": provenance.to_dict(),
     }
     name = SIDECAR if target.directory else sidecar_name(target.final)
-    target.write(name, json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n")
+    encoder = json.JSONEncoder(indent=1, ensure_ascii=False)
+    target.write(name, (chunk.encode() for chunk in encoder.iterencode(document)))
 
 
 def _planned(

@@ -1,10 +1,13 @@
-"""Sums of very many columns: never stacked, only multiplied with, a few adapters at a time.
+"""Sums of very many columns: never stacked, but multiplied with, a few adapters at a time.
 
 With thousands of columns the stack outgrows the dense matrix. A randomised range finder with
 subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4) needs products with ΔW and ΔWᵀ
-only, and those are sums over the inputs. Its error is no estimate: for an orthonormal Q,
+only. Its error is no estimate: for an orthonormal Q,
 ‖ΔW − [QQᵀΔW]_r‖² = ‖ΔW‖² − Σ_{k≤r} σ_k(QᵀΔW)², an identity. What is not known is how far that is
 from the optimum; iteration goes on until the error stops falling.
+
+‖ΔW‖ needs the dense sum anyway. Up to `_HELD` bytes it is kept for all products; beyond, each
+product reads the inputs anew and the norm is taken block by block.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from adapterops import linalg
-from adapterops.arrays import Array, host, like, namespace
+from adapterops.arrays import Array, host, like, namespace, put
 from adapterops.linalg import Matrix, Spectrum, Truncation, rank_floor, svd
 from adapterops.plan import Module, Part
 
@@ -29,6 +32,7 @@ _OVERSAMPLING = 48
 _SETTLED = 1e-4
 _MOST_PASSES = 10
 _DIRECT = 1e-6
+_HELD = 512 << 20
 
 
 def applies(module: Module, rank: int) -> bool:
@@ -36,16 +40,14 @@ def applies(module: Module, rank: int) -> bool:
     return module.columns > LARGE and 4 * rank <= module.columns
 
 
-@dataclass(frozen=True)
 class Sum:
-    """ΔW of one module as an operator that reads its inputs anew for every product."""
+    """ΔW of one module as an operator. The shape alone decides whether it is held densely."""
 
-    module: Module
-    device: str
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.module.shape
+    def __init__(self, module: Module, device: str) -> None:
+        self.module = module
+        self.device = device
+        self.shape = module.shape
+        self._dense = self._accumulated() if held(module) else None
 
     def chunks(self) -> Iterator[tuple[Array, Array]]:
         """(B, A) of a few inputs at a time, coefficients folded into A."""
@@ -58,32 +60,77 @@ class Sum:
         if gathered:
             yield _stack(gathered, self.device)
 
-    def matmul(self, x: Array) -> Array:
-        """ΔW·x for x (n, k)."""
-        return sum(B @ (A @ x) for B, A in self.chunks())
-
-    def rmatmul(self, y: Array) -> Array:
-        """ΔWᵀ·y for y (m, k)."""
-        return sum(A.mT @ (B.mT @ y) for B, A in self.chunks())
-
-    def rows(self, start: int, stop: int) -> Array:
-        """Rows [start, stop) of ΔW, dense."""
-        return sum(B[start:stop] @ A for B, A in self.chunks())
-
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Row ranges whose dense blocks hold at most 4 M numbers; fixed by the shape alone."""
+        """Row ranges whose dense blocks hold at most 4 M numbers."""
         m, n = self.shape
         step = max(1, _BLOCK_NUMBERS // max(n, 1))
         return ((start, min(start + step, m)) for start in range(0, m, step))
 
+    def _accumulated(self) -> Array:
+        """The dense sum, built in place: no second matrix of its size ever exists."""
+        dense: Array = None
+        for B, A in self.chunks():
+            if dense is None:
+                xp = namespace(B)
+                dense = xp.zeros(self.shape, dtype=B.dtype, **_where(B))
+            for start, stop in self.blocks():
+                dense[start:stop] += B[start:stop] @ A
+        return dense
+
+    def matmul(self, x: Array) -> Array:
+        """ΔW·x for x (n, k)."""
+        if self._dense is not None:
+            return self._dense @ x
+        return sum(B @ (A @ x) for B, A in self.chunks())
+
+    def rmatmul(self, y: Array) -> Array:
+        """ΔWᵀ·y for y (m, k)."""
+        if self._dense is not None:
+            return self._dense.mT @ y
+        return sum(A.mT @ (B.mT @ y) for B, A in self.chunks())
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows [start, stop) of ΔW, dense."""
+        if self._dense is not None:
+            return self._dense[start:stop]
+        return sum(B[start:stop] @ A for B, A in self.chunks())
+
     @cached_property
     def norm(self) -> float:
         """‖ΔW‖_F from its dense rows, block by block."""
-        squares = [float((block * block).sum()) for block in map(self._block, self.blocks())]
-        return math.sqrt(math.fsum(squares))
+        return math.sqrt(math.fsum(_squares(self.rows(*bounds)) for bounds in self.blocks()))
 
-    def _block(self, bounds: tuple[int, int]) -> Array:
-        return self.rows(*bounds)
+    @cached_property
+    def parts(self) -> tuple[float, tuple[float, ...]]:
+        """β of all columns, and ‖cᵢDᵢ‖ of every part."""
+        bound, norms = 0.0, []
+        for part in self.module.parts:
+            B, A = _stack([part], self.device)
+            core = linalg.cores(B[None], A[None])[0]
+            bound += core.beta
+            norms.append(linalg.norm(B, A))
+        return bound, tuple(norms)
+
+
+def held(module: Module) -> bool:
+    """Whether a module's dense sum is small enough to keep."""
+    return 8 * math.prod(module.shape) <= _HELD
+
+
+def peak(module: Module, rank: int) -> int:
+    """Bytes that `truncate` needs at most."""
+    m, n = module.shape
+    chunk = 4 * _CHUNK_COLUMNS * (m + n)
+    dense = m * n if held(module) else 0
+    return 8 * (dense + 2 * _BLOCK_NUMBERS + chunk + 8 * (rank + _OVERSAMPLING) * (m + n))
+
+
+def _squares(block: Array) -> float:
+    return float((block * block).sum())
+
+
+def _where(array: Array) -> dict[str, Any]:
+    return {} if isinstance(array, np.ndarray) else {"device": array.device}
 
 
 def _stack(parts: list[Part], device: str) -> tuple[Array, Array]:
@@ -94,21 +141,12 @@ def _stack(parts: list[Part], device: str) -> tuple[Array, Array]:
     )
 
 
-def column_bound(total: Sum) -> float:
-    """β = Σ_j ‖b_j‖‖a_j‖ of all columns."""
-    bound = 0.0
-    for B, A in total.chunks():
-        xp = namespace(B)
-        bound += float((xp.sqrt((B * B).sum(0)) * xp.sqrt((A * A).sum(-1))).sum())
-    return bound
-
-
 def truncate(total: Sum, rank: int) -> Truncation:
     """Nearly the best rank-k factors of a sum, with their exact error."""
     m, n = total.shape
     width = min(rank + _OVERSAMPLING, m, n)
     start = _signs(total.module.stem, n, width)
-    sample = total.matmul(like(start, next(total.chunks())[0]))
+    sample = total.matmul(put(start, total.device))
     xp = namespace(sample)
     basis = xp.linalg.qr(sample)[0]
     norm, before = total.norm, math.inf
@@ -123,7 +161,7 @@ def truncate(total: Sum, rank: int) -> Truncation:
             break
         before = tail
         basis = xp.linalg.qr(total.matmul(right))[0]
-    bound = column_bound(total)
+    bound = total.parts[0]
     keep = min(rank, int((values > rank_floor(m, n, bound)).sum()))
     root = np.sqrt(values[:keep])
     left, lower = np.zeros((len(U), rank)), np.zeros((rank, Vh.shape[1]))
@@ -139,7 +177,7 @@ def _distance(total: Sum, B: Array, A: Array) -> float:
     squares = []
     for start, stop in total.blocks():
         block = total.rows(start, stop) - B[start:stop] @ A
-        squares.append(float((block * block).sum()))
+        squares.append(_squares(block))
     return math.sqrt(math.fsum(squares))
 
 
@@ -147,7 +185,7 @@ def spectrum(total: Sum) -> Spectrum:
     """All singular values, from the dense matrix: with this many columns it is the smaller form."""
     m, n = total.shape
     values = np.linalg.svd(host(total.rows(0, m)), compute_uv=False)
-    bound = column_bound(total)
+    bound = total.parts[0]
     rank = int((values > rank_floor(m, n, bound)).sum())
     size = float(np.sqrt(values @ values))
     return Spectrum(values, size, bound, rank, total.module.columns, "range")
@@ -162,6 +200,11 @@ def _signs(stem: str, rows: int, columns: int) -> Matrix:
     return signs
 
 
+def inner_with_sum(total: Sum, B: Array, A: Array) -> float:
+    """⟨ΔW, B·A⟩."""
+    return float((total.rmatmul(B).mT * A).sum())
+
+
 def inner(total: Sum, B: Array, A: Array) -> tuple[float, ...]:
     """⟨B·A, cᵢDᵢ⟩ of every part."""
     result = []
@@ -169,8 +212,3 @@ def inner(total: Sum, B: Array, A: Array) -> tuple[float, ...]:
         left, right = _stack([part], total.device)
         result.append(float(((B.mT @ left) * (A @ right.mT)).sum()))
     return tuple(result)
-
-
-def input_norms(total: Sum) -> tuple[float, ...]:
-    """‖cᵢDᵢ‖ of every part."""
-    return tuple(linalg.norm(*_stack([part], total.device)) for part in total.module.parts)

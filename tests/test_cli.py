@@ -140,8 +140,9 @@ def test_quiet_verbose_and_dry_run(two):
     assert json.loads(real.stdout)["size"] == document["size"]
 
 
-def test_the_hint_is_a_command_that_runs(two):
-    done = run("merge", "a", "b", "-w", "1,1", "-o", "out dir", cwd=two)
+@pytest.mark.parametrize("options", [[], ["--max-error=0.01"], ["--energy", "1", "--overwrite"]])
+def test_the_hint_is_a_command_that_runs(two, options):
+    done = run("merge", "a", "b", "-w", "1,1", "-o", "out dir", *options, cwd=two)
     line = next(x for x in done.stdout.splitlines() if x.strip().startswith("rank 4"))
     command_line = line[line.index("adapterops merge") :]
     subprocess.run(

@@ -556,3 +556,19 @@ class TestOutputNames:
         with pytest.raises(FileError) as caught:
             ao.merge(["n" * 300], out=tmp_path / "m")
         assert caught.value.exit_code == 6
+
+
+def test_a_sum_too_large_to_hold_gives_the_same(tmp_path, monkeypatch):
+    from adapterops import streamed
+
+    shapes = {"x.q": (40, 50)}
+    for index in range(140):
+        write_peft(tmp_path / f"a{index}", pairs(index, shapes, 8, np.float16))
+    inputs, weights = [tmp_path / f"a{index}" for index in range(140)], [1 / 140] * 140
+    first = ao.merge(inputs, weights, out=tmp_path / "held", rank=3, dtype="float32")
+    monkeypatch.setattr(streamed, "_HELD", 0)
+    monkeypatch.setattr(streamed, "_BLOCK_NUMBERS", 300)
+    second = ao.merge(inputs, weights, out=tmp_path / "read", rank=3, dtype="float32")
+    assert distance(read_peft(tmp_path / "read"), read_peft(tmp_path / "held")) < 1e-6
+    assert second.error == pytest.approx(first.error, rel=1e-9)
+    assert second.norm == pytest.approx(first.norm, rel=1e-12)

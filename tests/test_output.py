@@ -403,7 +403,7 @@ def test_an_exception_inside_leaves_what_was_there(directory, replaced, kind, tm
     with pytest.raises(kind), stage(out, directory=directory, overwrite=True) as target:
         writer = target.tensors("out", layout(SHAPES), 512)
         writer.put("a", bytes(14))
-        target.write("side", b"x")
+        target.write("side", [b"x"])
         raise kind("stop")
     assert state(tmp_path) == before
 
@@ -587,7 +587,7 @@ for free in json.loads(sys.argv[3]):
             writer = target.tensors("out", entries, 512)
             writer.put("w", bytes(entries["w"].nbytes))
             writer.finish({})
-            target.write("side", b"x" * 5000)
+            target.write("side", [b"x" * 5000])
     except FileError as error:
         assert "disk is full" in str(error) and error.exit_code == 6, error
         assert free < 300_000, free
@@ -635,7 +635,7 @@ def test_something_that_appears_meanwhile_is_not_replaced(directory, tmp_path):
         pytest.raises(OutputExistsError, match="exists already"),
         stage(out, directory=directory, overwrite=False) as target,
     ):
-        target.write("out", b"ours")
+        target.write("out", [b"ours"])
         if directory:
             out.mkdir()
             (out / "notes.txt").write_text("theirs")

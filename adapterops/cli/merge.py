@@ -14,6 +14,7 @@ from adapterops.cli.options import parse_alphas, rank_options, run_options
 from adapterops.errors import UsageError
 
 DEFAULT_OUTPUT = "merged"
+_RANK_OPTIONS = ("-r", "--rank", "--energy", "--max-error", "--size")
 
 
 @click.command("merge")
@@ -80,7 +81,7 @@ def command(
             chosen,
             out=out,
             alpha=parse_alphas(alpha, paths),
-            command=lambda rank: _command(rank),
+            command=_command,
             progress=progress,
             **options,
         )
@@ -125,8 +126,14 @@ def _is_number(text: str) -> bool:
 
 
 def _command(rank: int) -> str:
-    """This command line with another rank, ready to run."""
-    arguments = list(sys.argv[1:])
-    if "--overwrite" not in arguments:
-        arguments.append("--overwrite")
-    return shlex.join(["adapterops", *arguments, "--rank", str(rank)])
+    """This command line with another rank, ready to run: it replaces what was just written."""
+    kept: list[str] = []
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name in _RANK_OPTIONS:
+            if "=" not in argument:
+                next(arguments, None)
+        elif argument not in ("--dry-run", "--overwrite") and not argument.startswith("-r"):
+            kept.append(argument)
+    return shlex.join(["adapterops", *kept, "--rank", str(rank), "--overwrite"])

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -123,13 +123,13 @@ class Staging:
         self._writers.append(writer)
         return writer
 
-    def write(self, name: str, data: bytes) -> None:
-        """A small file called `name`, flushed to disk."""
+    def write(self, name: str, chunks: Iterable[bytes]) -> None:
+        """A companion file called `name`, flushed to disk."""
         descriptor = os.open(
             self._place(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
         )
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
 
