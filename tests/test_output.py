@@ -44,7 +44,7 @@ def save(out: Path, directory: bool, *, overwrite: bool = False, fill: int = 1) 
             writer.put(name, bytes([fill]) * entry.nbytes)
         writer.finish({"fill": str(fill)})
         sidecar = json.dumps({"schema": "adapterops.test/1", "fill": fill})
-        target.write(SIDECAR if directory else f"{target.final.name}.json", sidecar.encode())
+        target.write(SIDECAR if directory else f"{target.final.name}.json", [sidecar.encode()])
 
 
 def check_whole(out: Path, directory: bool, fill: int | None = None) -> int:
