@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,8 @@ class Report:
     `size` is the bytes of the weights file. `error` is ‖written − exact‖_F / ‖exact‖_F.
     """
 
+    schema: ClassVar[str] = "adapterops.merge/1"
+
     output: str
     dialect: str
     dtype: str
@@ -92,7 +94,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints and the sidecar holds."""
-        return {"schema": "adapterops.merge/1", **_plain(self)}
+        return {"schema": self.schema, **_plain(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ class PlanReport:
 
     `modules` maps each module to its shape and the inputs' ranks (0 where an input lacks it).
     """
+
+    schema: ClassVar[str] = "adapterops.merge-plan/1"
 
     output: str
     dialect: str
@@ -115,7 +119,7 @@ class PlanReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        return {"schema": "adapterops.merge-plan/1", **_plain(self)}
+        return {"schema": self.schema, **_plain(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +148,14 @@ def total(values: Sequence[float]) -> float:
     return math.hypot(*values) if values else 0.0
 
 
+def fields_of(value: Any) -> dict[str, Any]:
+    """A dataclass as a dictionary, one level deep: what `json` needs to write it piece by piece."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {name: _plain(item) for name, item in fields_of(value).items()}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

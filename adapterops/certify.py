@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adapterops.casts import FORMATS
-from adapterops.certificate import InputReport, ModuleReport, Report, ratio, total
-from adapterops.kernels import Piece
+from adapterops.certificate import Figures, InputReport, ModuleReport, Report, ratio, total
 from adapterops.plan import Plan
 from adapterops.provenance import Provenance
 
 _STORAGE_NOTE = 1e-3
 
 
-def certify(plan: Plan, pieces: Sequence[Piece], rank: int, provenance: Provenance) -> Report:
+def certify(plan: Plan, measured: Sequence[Figures], rank: int, provenance: Provenance) -> Report:
     """Totals, inputs and modules from the measured figures."""
     count = len(plan.inputs)
     squares = [[0.0] * count, [0.0] * count]
     modules: dict[str, ModuleReport] = {}
-    for module, piece in zip(plan.modules, pieces, strict=True):
-        figures = piece.figures
+    for module, figures in zip(plan.modules, measured, strict=True):
         shares: list[float | None] = [None] * count
         retention: list[float | None] = [None] * count
         widths = [0] * count
@@ -47,7 +45,7 @@ def certify(plan: Plan, pieces: Sequence[Piece], rank: int, provenance: Provenan
             route=figures.route,
             floor=figures.floor,
         )
-    norm = total([piece.figures.norm for piece in pieces])
+    norm = total([f.norm for f in measured])
     return Report(
         output="",
         dialect=plan.dialect,
@@ -55,10 +53,10 @@ def certify(plan: Plan, pieces: Sequence[Piece], rank: int, provenance: Provenan
         rank=rank,
         size=0,
         norm=norm,
-        truncation=ratio(total([p.figures.truncation for p in pieces]), norm) or 0.0,
-        storage=ratio(total([p.figures.storage for p in pieces]), norm) or 0.0,
-        error=ratio(total([p.figures.total for p in pieces]), norm) or 0.0,
-        subnormal=sum(piece.figures.subnormal for piece in pieces),
+        truncation=ratio(total([f.truncation for f in measured]), norm) or 0.0,
+        storage=ratio(total([f.storage for f in measured]), norm) or 0.0,
+        error=ratio(total([f.total for f in measured]), norm) or 0.0,
+        subnormal=sum(f.subnormal for f in measured),
         inputs=_inputs(plan, provenance, squares[0], squares[1]),
         modules=modules,
     )

@@ -16,7 +16,7 @@ from typing import Literal
 from adapterops import jobs, ranks
 from adapterops.card import model_card
 from adapterops.casts import FORMATS
-from adapterops.certificate import PlanReport, RankHint, Report, total
+from adapterops.certificate import Figures, PlanReport, RankHint, Report, fields_of, total
 from adapterops.certify import certify
 from adapterops.certify import notes as measured_notes
 from adapterops.choose import check_size, choose_rank
@@ -35,7 +35,6 @@ from adapterops.files.output import (
 from adapterops.files.source import Source
 from adapterops.formats import kohya, peft
 from adapterops.formats.model import AdapterFile
-from adapterops.kernels import Piece
 from adapterops.layout import Layout, output_path, plan_output, sidecar_name
 from adapterops.linalg import Spectrum
 from adapterops.options import compute, parse_size
@@ -169,8 +168,8 @@ def _save(
     with stage(out, directory=directory, overwrite=options.overwrite) as target:
         name = peft.WEIGHTS if directory else target.final.name
         writer = target.tensors(name, entries, size - _data_size(entries))
-        pieces = _write(plan, form, extras, writer, copy, rank, on, options)
-        report = certify(plan, pieces, rank, provenance)
+        figures = _write(plan, form, extras, writer, copy, rank, on, options)
+        report = certify(plan, figures, rank, provenance)
         report = replace(
             report,
             output=out,
@@ -181,7 +180,7 @@ def _save(
             notes=(*notes, *measured_notes(plan, report, copy)),
             warnings=tuple(warnings),
         )
-        _check_promises(report, pieces, options)
+        _check_promises(report, figures, options)
         for file in inputs:
             _source(file).check_unchanged()
         if plan.dialect == "kohya":
@@ -295,8 +294,8 @@ def _write(
     rank: int,
     on: Compute,
     options: Options,
-) -> list[Piece]:
-    """Stream every tensor to its place; what is kept of a piece are its figures."""
+) -> list[Figures]:
+    """Stream every tensor to its place; what is kept are each module's figures."""
     for extra in extras:
         writer.put(extra.name, extra.read())
     for name, data in form.constants.items():
@@ -309,16 +308,15 @@ def _write(
                 writer.put(name, module.parts[0].site.parts["alpha"].raw().data)
     else:
         results = jobs.pieces(plan, rank, on, options.progress)
-    kept = []
+    figures: dict[str, Figures] = {}
     for piece in results:
         names = form.roles[piece.stem]
         writer.put(names["B"], piece.B)
         writer.put(names["A"], piece.A)
         if piece.bias is not None:
             writer.put(names["bias"], piece.bias)
-        kept.append(replace(piece, B=memoryview(b""), A=memoryview(b""), bias=None))
-    by_stem = {piece.stem: piece for piece in kept}
-    return [by_stem[module.stem] for module in plan.modules]
+        figures[piece.stem] = piece.figures
+    return [figures[module.stem] for module in plan.modules]
 
 
 def _hints(
@@ -336,9 +334,9 @@ def _hints(
     )
 
 
-def _check_promises(report: Report, pieces: Sequence[Piece], options: Options) -> None:
-    floor = total([piece.figures.floor for piece in pieces])
-    if report.norm <= floor and any(piece.figures.beta > 0 for piece in pieces):
+def _check_promises(report: Report, figures: Sequence[Figures], options: Options) -> None:
+    floor = total([figure.floor for figure in figures])
+    if report.norm <= floor and any(figure.beta > 0 for figure in figures):
         raise NumericsError(
             f"the inputs cancel: ‖ΔW‖ = {report.norm:.2g} is below the rounding noise {floor:.2g} "
             "of what went in"
@@ -380,12 +378,13 @@ def _companions(
     if target.directory:
         target.write("README.md", [model_card(report).encode()])
     document = {
-        **report.to_dict(),
+        "schema": Report.schema,
+        **fields_of(report),
         "output": base_name(report.output),
         "provenance": provenance.to_dict(),
     }
     name = SIDECAR if target.directory else sidecar_name(target.final)
-    encoder = json.JSONEncoder(indent=1, ensure_ascii=False)
+    encoder = json.JSONEncoder(indent=1, ensure_ascii=False, default=fields_of)
     target.write(name, (chunk.encode() for chunk in encoder.iterencode(document)))
 
 
