@@ -82,7 +82,9 @@ class Adapter(Mapping[str, Factors]):
         return f"<Adapter {shown}, {len(self)} modules>"
 
     def save(self, out: str | os.PathLike[str], **options: Any) -> Report | PlanReport:
-        """Write the sum to `out` and return its certificate; takes `merge`'s keyword options."""
+        """Write the sum to `out` and return its certificate; takes `merge`'s options
+        that do not concern how adapters are opened or weighted.
+        """
         weights, files = zip(*self.terms, strict=True)
         return save_sum(files, weights, out, **options)
 

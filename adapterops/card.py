@@ -9,6 +9,7 @@ def model_card(report: Report) -> str:
     """README.md of an output directory, with the front matter that hubs read."""
     bases = list(dict.fromkeys(item.base for item in report.inputs if item.base))
     lines = ["---", "library_name: peft"]
+    floor = report.floor / report.norm if report.norm else 0.0
     if bases:
         lines.append(f"base_model: {_yaml(bases[0])}")
     lines += ["tags:", "- lora", "- merge", "- adapterops", "---", "", "# Merged LoRA adapter", ""]
@@ -24,12 +25,17 @@ def model_card(report: Report) -> str:
     lines += [
         "",
         f"Rank {report.rank}, stored as {report.dtype}. Relative to the exact sum the error is "
-        f"{report.error:.3g} (cut off {report.truncation:.3g}, number format "
-        f"{report.storage:.3g}), measured on the bytes of this file; `adapterops.json` has every "
-        "module.",
+        f"{bounded(report.error, floor)} (cut off {bounded(report.truncation, floor)}, number "
+        f"format {bounded(report.storage, floor)}), measured on the bytes of this file; "
+        "`adapterops.json` has every module.",
         "",
     ]
     return "\n".join(lines)
+
+
+def bounded(value: float, floor: float) -> str:
+    """A measured figure, or that it is below the rounding noise of what was measured."""
+    return f"{value:.3g}" if value == 0.0 or value > floor else f"< {floor:.1g}"
 
 
 def _yaml(text: str) -> str:

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 class ModuleReport:
     """One module of the result.
 
-    `norm` is ‖ΔW‖_F of the exact weighted sum, 0 where it is at or below `floor`, the rounding
-    noise of what went in. `truncation`, `storage` and `error` are relative to it: the part cut off,
+    `norm` is ‖ΔW‖_F of the exact weighted sum; at or below `floor`, the rounding noise of what went
+    in, it means nothing. `truncation`, `storage` and `error` are relative to it: the part cut off,
     the part lost to the file's number format, and both together (not their sum). `retention` of an
     input D is ⟨written, D⟩/‖D‖²; `shares` are |w|‖D‖ over their sum. `route` says how the factors
     were made: copy, stack (all columns kept), gram, qr, range, or zero.
@@ -52,7 +52,7 @@ class InputReport:
     modules: int
     rank: int
     scale: str
-    norm: float
+    norm: float | None
     share: float | None
     retention: float | None
 
@@ -63,14 +63,14 @@ class RankHint:
 
     rank: int
     error: float
-    command: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """The certificate of a merge: totals over the whole adapter, then inputs and modules.
 
-    `size` is the bytes of the weights file. `error` is ‖written − exact‖_F / ‖exact‖_F.
+    `size` is the bytes of the weights file. `error` is ‖written − exact‖_F / ‖exact‖_F; a relative
+    figure below `floor` / `norm` is rounding noise.
     """
 
     schema: ClassVar[str] = "adapterops.merge/1"
@@ -84,6 +84,7 @@ class Report:
     truncation: float
     storage: float
     error: float
+    floor: float
     subnormal: int
     inputs: tuple[InputReport, ...]
     modules: Mapping[str, ModuleReport]

@@ -56,6 +56,7 @@ def certify(plan: Plan, measured: Sequence[Figures], rank: int, provenance: Prov
         truncation=ratio(total([f.truncation for f in measured]), norm) or 0.0,
         storage=ratio(total([f.storage for f in measured]), norm) or 0.0,
         error=ratio(total([f.total for f in measured]), norm) or 0.0,
+        floor=total([f.floor for f in measured]),
         subnormal=sum(f.subnormal for f in measured),
         inputs=_inputs(plan, provenance, squares[0], squares[1]),
         modules=modules,
@@ -87,7 +88,7 @@ def _inputs(
                 modules=len(file.sites),
                 rank=file.rank,
                 scale=f"{shown}: {origin_text}",
-                norm=sizes[index] / abs(weight) if weight else 0.0,
+                norm=sizes[index] / abs(weight) if weight else None,
                 share=ratio(sizes[index], sum(sizes)) if weight else 0.0,
                 retention=_quotient(inner[index] * weight, squares[index]),
             )

@@ -22,7 +22,7 @@ def check_size(plan: Plan, chosen: Ranks) -> None:
         return
     if plan.parameters(plan.bound) >= plan.dense:
         raise UsageError(
-            f"without a rank the result needs rank {plan.bound} and "
+            f"without a rank the result may need rank {plan.bound} and "
             f"{plan.parameters(plan.bound):,} numbers, the dense weight changes themselves have "
             f"{plan.dense:,}",
             hint="choose --rank N, --rank same or --energy E, or merge into the base with bake",
@@ -86,11 +86,13 @@ def _within(
         if total([figure.total for figure in figures]) <= max_error * size:
             return rank
         storage = total([figure.storage for figure in figures])
-        if rank == full or storage > max_error * size:
+        if rank == full:
             raise BudgetError(
                 f"--max-error {max_error:g} cannot be met: storing the result as "
                 f"{FORMATS[plan.dtype].name} alone costs {storage / size:.2g}",
                 hint="add --dtype float32" if plan.dtype != "F32" else "allow a larger error",
             )
         room = (max_error * size) ** 2 - storage**2
-        rank = min(max(rank + 1, ranks.smallest(tail, room**0.5)), full)
+        # At full rank columns are only scaled by powers of two, which may cost nothing at all.
+        likely = ranks.smallest(tail, room**0.5) if room > 0 else full
+        rank = min(max(rank + 1, likely), full)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 from adapterops import kernels
@@ -24,13 +25,15 @@ def spectra(plan: Plan, on: Compute, progress: Progress | None) -> list[Spectrum
     return list(_watched(run(jobs, on), plan, "singular values", progress))
 
 
-def pieces(plan: Plan, rank: int, on: Compute, progress: Progress | None) -> Iterator[Piece]:
+def pieces(
+    plan: Plan, rank: int, on: Compute, progress: Progress | None
+) -> Generator[Piece, None, None]:
     """Every module's sum at one rank, stored and measured."""
     jobs = _jobs(plan, kernels.factors, (rank, plan.dtype), rank, on)
     return _watched(run(jobs, on), plan, "merging", progress)
 
 
-def copies(plan: Plan, on: Compute, progress: Progress | None) -> Iterator[Piece]:
+def copies(plan: Plan, on: Compute, progress: Progress | None) -> Generator[Piece, None, None]:
     """The only input's tensors as they are."""
     jobs = (
         Job(module.stem, kernels.copies, ((module,),), kernels.peak([module], 1))
@@ -64,11 +67,12 @@ def _jobs(
 
 
 def _watched(
-    results: Iterable[list[Any]], plan: Plan, what: str, progress: Progress | None
-) -> Iterator[Any]:
+    results: Generator[list[Any], None, None], plan: Plan, what: str, progress: Progress | None
+) -> Generator[Any, None, None]:
     done = 0
-    for result in results:
-        yield from result
-        done += len(result)
-        if progress:
-            progress(what, done, len(plan.modules))
+    with closing(results):
+        for result in results:
+            yield from result
+            done += len(result)
+            if progress:
+                progress(what, done, len(plan.modules))

@@ -83,7 +83,7 @@ def plan_output(
         for stem in roles:
             tensors[f"{stem}.alpha"] = ("F32", ())
             constants[f"{stem}.alpha"] = alpha
-    elif set(_styles(plan).values()) == {"peft"}:
+    elif set(_styles(plan).values()) <= {"peft"}:
         config = diffusers.write_config(list(roles), rank, bias=bool(_biased(plan)))
         if config is not None:
             metadata[diffusers.METADATA_KEY] = config
@@ -167,14 +167,16 @@ def _styles(plan: Plan) -> dict[str, str]:
         for item in file.style.split(" ") if file.style else []:
             part, _, style = item.partition("=")
             styles.setdefault(part, style)
-    if "peft" in styles.values():  # loaders look at one key to tell the spelling of all
+    if "peft" in styles.values() or _biased(
+        plan
+    ):  # loaders look at one key to tell the spelling of all
         styles = dict.fromkeys(styles, "peft")
     return styles
 
 
 def _peft(plan: Plan, rank: int, extras: Sequence[Extra], directory: bool, copy: bool) -> Layout:
     first = _only_input(plan) if copy else plan.inputs[0]
-    source = {**first.config, **_extras_config([first, *plan.inputs])}
+    source = {**first.config, **_extras_config(plan.live)}
     if copy:
         tensors, roles, sizes = _copied_peft(plan)
         constants: dict[str, bytes] = {}
@@ -184,7 +186,7 @@ def _peft(plan: Plan, rank: int, extras: Sequence[Extra], directory: bool, copy:
         _check_heads(plan, extras)
     config = peft.write_config(
         source,
-        next((file.base for file in plan.inputs if file.base), None),
+        next((file.base for file in plan.live if file.base), None),
         sizes,
         targets=_targets(plan, keep_extras=bool(extras)),
         keep_extras=bool(extras),

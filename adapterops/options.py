@@ -16,10 +16,10 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def parse_size(text: str | int, name: str) -> int:
+def parse_size(text: str | float, name: str) -> int:
     """Bytes from 20MB (10⁶), 1.5GiB (2³⁰) or a plain number."""
-    if isinstance(text, int):
-        return text
+    if not isinstance(text, str):
+        return int(text) if math.isfinite(text) else 0
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in _UNITS:
         raise UsageError(f"{name} {text!r}: expected a size such as 20MB or 1.5GiB")
@@ -33,7 +33,7 @@ def compute(
     if jobs is not None and jobs < 1:
         raise UsageError(f"-j {jobs}: expected at least 1")
     size = available_memory() if memory is None else parse_size(memory, "--memory")
-    if size <= 0:
+    if memory is not None and size <= 0:
         raise UsageError(f"--memory {memory}: expected more than 0 bytes")
     return Compute(resolve_device(device), size, jobs or available_threads())
 

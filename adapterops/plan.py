@@ -61,6 +61,11 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
+    def live(self) -> list[AdapterFile]:
+        """The inputs that have a say: those of non-zero weight."""
+        return [file for file, w in zip(self.inputs, self.weights, strict=True) if w]
+
+    @property
     def input_rank(self) -> int:
         """The largest rank among the inputs."""
         return max(part.site.rank for module in self.modules for part in module.parts)
@@ -94,6 +99,9 @@ def align(
     differ or nothing in common, UsageError for an unknown dtype or a pattern without matches.
     """
     warnings = [note for file in inputs for note in file.notes]
+    for file, weight in zip(inputs, weights, strict=True):
+        if not math.isfinite(weight):
+            raise UsageError(f"the weight {weight} of {file.path} is not a finite number")
     _check_dialects(inputs)
     _check_overlap(inputs)
     gathered: dict[str, list[Part]] = defaultdict(list)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import adapterops
@@ -18,11 +18,12 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """One input: its base name, its content's hash and its weight."""
+    """One input: its base name, the hashes of its weights and of its config file, its weight."""
 
     name: str
     sha256: str
     weight: float
+    config_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Provenance:
             "version": adapterops.__version__,
             "verb": self.verb,
             "inputs": [
-                {"name": origin.name, "sha256": origin.sha256, "weight": origin.weight}
+                {key: value for key, value in asdict(origin).items() if value is not None}
                 for origin in self.inputs
             ],
             "options": {key: value for key, value in self.options.items() if value is not None},
@@ -59,8 +60,11 @@ def file_sha256(path: str) -> str:
     file = LocalFile(path)
     digest = hashlib.sha256()
     buffer = bytearray(min(_BLOCK, file.size()))
-    for position in range(0, file.size(), _BLOCK):
-        view = memoryview(buffer)[: min(_BLOCK, file.size() - position)]
-        file.pread_into(position, view)
-        digest.update(view)
+    try:
+        for position in range(0, file.size(), _BLOCK):
+            view = memoryview(buffer)[: min(_BLOCK, file.size() - position)]
+            file.pread_into(position, view)
+            digest.update(view)
+    finally:
+        file.close()
     return digest.hexdigest()

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from adapterops import jobs, ranks
 from adapterops.card import model_card
@@ -29,17 +32,17 @@ from adapterops.files.output import (
     Staging,
     TensorWriter,
     check_output,
-    is_ours,
+    is_our_sidecar,
     stage,
 )
-from adapterops.files.source import Source
+from adapterops.files.source import LocalFile, read_bytes
 from adapterops.formats import kohya, peft
 from adapterops.formats.model import AdapterFile
 from adapterops.layout import Layout, output_path, plan_output, sidecar_name
 from adapterops.linalg import Spectrum
 from adapterops.options import compute, parse_size
 from adapterops.plan import Plan, align
-from adapterops.provenance import Origin, Provenance, base_name
+from adapterops.provenance import Origin, Provenance, base_name, file_sha256
 from adapterops.ranks import Ranks
 from adapterops.stream import Compute
 
@@ -48,7 +51,7 @@ _RESERVE = 512
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a sum is written; `merge` documents each. `command(rank)` is the command for a rank."""
+    """How a sum is written; `merge` documents each."""
 
     out: str
     ranks: Ranks
@@ -59,7 +62,6 @@ class Options:
     overwrite: bool = False
     strict: bool = False
     dry_run: bool = False
-    command: Callable[[int], str] | None = None
     progress: Callable[[str, int, int], None] | None = None
 
 
@@ -82,10 +84,10 @@ def save_sum(
     overwrite: bool = False,
     strict: bool = False,
     dry_run: bool = False,
-    command: Callable[[int], str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report | PlanReport:
     """`save` with its options as keywords."""
+    rank = rank.item() if isinstance(rank, np.integer) else rank
     chosen = Ranks(rank, energy, max_error, None if size is None else parse_size(size, "--size"))
     options = Options(
         out=os.fspath(out),
@@ -97,7 +99,6 @@ def save_sum(
         overwrite=overwrite,
         strict=strict,
         dry_run=dry_run,
-        command=command,
         progress=progress,
     )
     return save(files, weights, options, compute(device, memory, jobs))
@@ -114,7 +115,7 @@ def save(
         return _save(inputs, weights, options, on)
     finally:
         for file in inputs:
-            _source(file).close()
+            file.source.close()
 
 
 def _save(
@@ -159,10 +160,10 @@ def _save(
     warnings = [*plan.warnings, *form.warnings, *left]
     if options.strict and warnings:
         raise IncompatibleError(f"--strict: {warnings[0]}")
-    hints = _hints(plan, spectra, rank, options)
+    hints = _hints(plan, spectra, rank)
     described = extras_by_name(extras, dropped)
     if options.dry_run:
-        planned = _planned(plan, options, size, rank, described)
+        planned = _planned(plan, out, size, rank, described)
         return replace(planned, hints=hints, notes=tuple(notes), warnings=tuple(warnings))
 
     with stage(out, directory=directory, overwrite=options.overwrite) as target:
@@ -182,7 +183,7 @@ def _save(
         )
         _check_promises(report, figures, options)
         for file in inputs:
-            _source(file).check_unchanged()
+            file.source.check_unchanged()
         if plan.dialect == "kohya":
             digest, start = writer.data_sha256()
             metadata.update(kohya.model_hashes(entries, metadata, digest, start))
@@ -214,7 +215,7 @@ def _extra_name(plan: Plan) -> Callable[[str], str]:
 
 def _check_sidecar(path: Path) -> None:
     """A file that happens to be called like our sidecar is not replaced."""
-    if path.exists() and not is_ours(path):
+    if path.exists() and not is_our_sidecar(path):
         raise OutputExistsError(
             "exists, was not written by adapterops, and is where the certificate would go",
             path=os.fspath(path),
@@ -236,7 +237,7 @@ def _is_copy(plan: Plan, options: Options) -> bool:
         and [weight for weight in plan.weights if weight] == [1.0]
         and all(module.columns for module in plan.modules)
         and not any(
-            part.site.scale_from.startswith("--alpha") and plan.dialect != "peft"
+            part.site.alpha_given and plan.dialect != "peft"
             for module in plan.modules
             for part in module.parts
         )
@@ -245,7 +246,12 @@ def _is_copy(plan: Plan, options: Options) -> bool:
 
 def _provenance(plan: Plan, options: Options, on: Compute) -> Provenance:
     origins = tuple(
-        Origin(base_name(file.path), sha256, weight)
+        Origin(
+            base_name(file.path),
+            sha256,
+            weight,
+            file_sha256(file.config_file) if file.config_file else None,
+        )
         for file, sha256, weight in zip(
             plan.inputs, jobs.sha256s(plan, on), plan.weights, strict=True
         )
@@ -270,8 +276,8 @@ def _given_alphas(inputs: Sequence[AdapterFile]) -> dict[str, float]:
     return {
         str(index): site.alpha
         for index, file in enumerate(inputs)
-        for site in list(file.sites.values())[:1]
-        if site.alpha is not None and site.scale_from.startswith("--alpha")
+        for site in file.sites.values()
+        if site.alpha is not None and site.alpha_given
     }
 
 
@@ -309,29 +315,24 @@ def _write(
     else:
         results = jobs.pieces(plan, rank, on, options.progress)
     figures: dict[str, Figures] = {}
-    for piece in results:
-        names = form.roles[piece.stem]
-        writer.put(names["B"], piece.B)
-        writer.put(names["A"], piece.A)
-        if piece.bias is not None:
-            writer.put(names["bias"], piece.bias)
-        figures[piece.stem] = piece.figures
+    with closing(results):
+        for piece in results:
+            names = form.roles[piece.stem]
+            writer.put(names["B"], piece.B)
+            writer.put(names["A"], piece.A)
+            if piece.bias is not None:
+                writer.put(names["bias"], piece.bias)
+            figures[piece.stem] = piece.figures
     return [figures[module.stem] for module in plan.modules]
 
 
-def _hints(
-    plan: Plan, spectra: Sequence[Spectrum], rank: int, options: Options
-) -> tuple[RankHint, ...]:
+def _hints(plan: Plan, spectra: Sequence[Spectrum], rank: int) -> tuple[RankHint, ...]:
     """What each smaller standard rank would cost, where the singular values are known."""
     if not spectra:
         return ()
     tail = ranks.tails(spectra)
     smaller = {r for r in (*ranks.STANDARD, plan.input_rank) if r < min(rank, len(tail))}
-    command = options.command or (lambda r: f"rank={r}")
-    return tuple(
-        RankHint(r, float(tail[r] / tail[0]) if tail[0] else 0.0, command(r))
-        for r in sorted(smaller)
-    )
+    return tuple(RankHint(r, float(tail[r] / tail[0]) if tail[0] else 0.0) for r in sorted(smaller))
 
 
 def _check_promises(report: Report, figures: Sequence[Figures], options: Options) -> None:
@@ -346,10 +347,6 @@ def _check_promises(report: Report, figures: Sequence[Figures], options: Options
         raise BudgetError(f"the error as written is {report.error:.4g}, over --max-error {bound:g}")
 
 
-def _source(file: AdapterFile) -> Source:
-    return next(iter(file.sites.values())).parts["A"].source
-
-
 def _side_files(
     inputs: Sequence[AdapterFile], directory: bool
 ) -> tuple[dict[str, bytes], list[str]]:
@@ -357,9 +354,7 @@ def _side_files(
     carried: dict[str, bytes] = {}
     warnings = []
     for name in sorted({name for file in inputs for name in file.side_files}):
-        contents = {
-            (Path(file.path) / name).read_bytes() for file in inputs if name in file.side_files
-        }
+        contents = {_content(Path(file.path) / name) for file in inputs if name in file.side_files}
         if not directory:
             warnings.append(f"{name} beside the inputs does not fit into one file")
         elif len(contents) > 1:
@@ -367,6 +362,14 @@ def _side_files(
         else:
             carried[name] = contents.pop()
     return carried, warnings
+
+
+def _content(path: Path) -> bytes:
+    file = LocalFile(path)
+    try:
+        return bytes(read_bytes(file, 0, file.size()))
+    finally:
+        file.close()
 
 
 def _companions(
@@ -377,20 +380,22 @@ def _companions(
         target.write(name, [data])
     if target.directory:
         target.write("README.md", [model_card(report).encode()])
+    measured = fields_of(report)
+    del measured["warnings"], measured["notes"]  # they may name paths, and an output travels
+    names = [path.name for path in target.root.iterdir()] if target.directory else []
     document = {
         "schema": Report.schema,
-        **fields_of(report),
+        **measured,
         "output": base_name(report.output),
+        "files": sorted(names) or [target.final.name],
         "provenance": provenance.to_dict(),
     }
     name = SIDECAR if target.directory else sidecar_name(target.final)
-    encoder = json.JSONEncoder(indent=1, ensure_ascii=False, default=fields_of)
+    encoder = json.JSONEncoder(indent=1, ensure_ascii=False, allow_nan=False, default=fields_of)
     target.write(name, (chunk.encode() for chunk in encoder.iterencode(document)))
 
 
-def _planned(
-    plan: Plan, options: Options, size: int, rank: int, extras: Mapping[str, str]
-) -> PlanReport:
+def _planned(plan: Plan, out: str, size: int, rank: int, extras: Mapping[str, str]) -> PlanReport:
     modules = {}
     for module in plan.modules:
         widths = [0] * len(plan.inputs)
@@ -398,4 +403,4 @@ def _planned(
             widths[part.input] = part.site.rank
         modules[module.stem] = (module.shape, tuple(widths))
     dtype = FORMATS[plan.dtype].name
-    return PlanReport(options.out, plan.dialect, dtype, rank, size, modules, extras)
+    return PlanReport(out, plan.dialect, dtype, rank, size, modules, extras)

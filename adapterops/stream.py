@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -45,7 +46,7 @@ class Compute:
     threads: int = 2
 
 
-def run(jobs: Iterable[Job[T]], on: Compute) -> Iterator[T]:
+def run(jobs: Iterable[Job[T]], on: Compute) -> Generator[T, None, None]:
     """Yield each job's result in job order with at most `on.memory` bytes in flight.
 
     The first exception of a kernel is raised at its place in the order; nothing after it starts.
@@ -167,7 +168,7 @@ def available_threads() -> int:
 
 
 def available_memory() -> int:
-    """Half of what the machine or the cgroup has free, in bytes."""
+    """Half of what the machine or the cgroup has free, in bytes; never less than 256 MiB."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
@@ -176,8 +177,10 @@ def available_memory() -> int:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     limit, used = _cgroup("memory.max").strip(), _cgroup("memory.current").strip()
     if limit.isdigit() and used.isdigit():
-        free = min(free, max(int(limit) - int(used), 0))
-    return free // 2
+        cache = re.search(r"^inactive_file (\d+)$", _cgroup("memory.stat"), re.MULTILINE)
+        reclaimable = int(cache[1]) if cache else 0
+        free = min(free, int(limit) - int(used) + reclaimable)
+    return max(free // 2, 256 << 20)
 
 
 def _cgroup(name: str) -> str:

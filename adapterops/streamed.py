@@ -26,8 +26,8 @@ from adapterops.linalg import Matrix, Spectrum, Truncation, rank_floor, svd
 from adapterops.plan import Module, Part
 
 LARGE = 1024
-_CHUNK_COLUMNS = 512
-_BLOCK_NUMBERS = 1 << 22
+_CHUNK_COLUMNS = 128
+_BLOCK_NUMBERS = 1 << 20
 _OVERSAMPLING = 48
 _SETTLED = 1e-4
 _MOST_PASSES = 10
@@ -61,7 +61,7 @@ class Sum:
             yield _stack(gathered, self.device)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Row ranges whose dense blocks hold at most 4 M numbers."""
+        """Row ranges whose dense blocks hold at most a million numbers."""
         m, n = self.shape
         step = max(1, _BLOCK_NUMBERS // max(n, 1))
         return ((start, min(start + step, m)) for start in range(0, m, step))

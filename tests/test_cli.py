@@ -130,6 +130,9 @@ def test_quiet_verbose_and_dry_run(two):
     assert run("merge", "a", "b", "-w", "1,1", "-q", cwd=two).stdout == ""
     verbose = run("merge", "a", "b", "-w", "1,1", "-v", "-o", "v", "--rank", "2", cwd=two).stdout
     assert all(name in verbose for name in SHAPES)
+    write_kohya(two / "k.safetensors", pairs(1, {"lora_unet_q": (16, 20)}, 2), alpha=2)
+    dry = run("merge", "k.safetensors", "-o", "k2", "--dry-run", cwd=two).stdout
+    assert "k2.safetensors would be" in dry
     dry = run("merge", "a", "b", "-w", "1,1", "--dry-run", "-o", "d", cwd=two).stdout
     assert "would be" in dry and not (two / "d").exists()
     document = json.loads(
@@ -227,6 +230,18 @@ def test_side_files_travel_if_they_agree(two):
     assert "added_tokens.json differs" in done.stderr
 
 
+def test_nothing_that_travels_names_a_path(two):
+    """Hints, warnings of bases that differ and stale twins name paths, but only to the user."""
+    config = json.loads((two / "b" / "adapter_config.json").read_text())
+    config.update(base_model_name_or_path="other/base", fan_in_fan_out=True)
+    (two / "b" / "adapter_config.json").write_text(json.dumps(config))
+    (two / "a" / "adapter_model.bin").write_bytes(b"")
+    done = run("merge", two / "a", two / "b", "-w", "1,1", "-o", two / "m", cwd=two)
+    assert done.stderr.count(str(two)) >= 3 and "rank 4" in done.stdout
+    for path in (two / "m").iterdir():
+        assert str(two) not in path.read_text(errors="replace")
+
+
 def test_provenance_has_hashes_and_no_paths(two):
     import hashlib
 
@@ -239,6 +254,9 @@ def test_provenance_has_hashes_and_no_paths(two):
         "name": "a",
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "weight": 0.25,
+        "config_sha256": hashlib.sha256(
+            (two / "a" / "adapter_config.json").read_bytes()
+        ).hexdigest(),
     }
     assert made["options"]["rank"] == 2 and made["version"] == adapterops.__version__
     for path in (two / "m").iterdir():
@@ -248,5 +266,5 @@ def test_provenance_has_hashes_and_no_paths(two):
 def test_options_are_the_functions_parameters():
     """Command line and library offer the same options under the same names."""
     options = {p.name for p in command.params} - {"as_json", "quiet", "verbose", "no_progress"}
-    parameters = set(inspect.signature(merge).parameters) - {"command", "progress"}
+    parameters = set(inspect.signature(merge).parameters) - {"progress"}
     assert {"out" if o == "output" else o for o in options} == parameters

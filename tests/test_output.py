@@ -43,7 +43,9 @@ def save(out: Path, directory: bool, *, overwrite: bool = False, fill: int = 1) 
         for name, entry in entries.items():
             writer.put(name, bytes([fill]) * entry.nbytes)
         writer.finish({"fill": str(fill)})
-        sidecar = json.dumps({"schema": "adapterops.test/1", "fill": fill})
+        sidecar = json.dumps(
+            {"schema": "adapterops.test/1", "fill": fill, "files": ["w.safetensors"]}
+        )
         target.write(SIDECAR if directory else f"{target.final.name}.json", [sidecar.encode()])
 
 
@@ -168,12 +170,35 @@ def test_the_target_of_a_link_is_replaced_and_the_link_stays(directory, tmp_path
     assert link.is_symlink() and not hidden(tmp_path) and not hidden(real.parent)
 
 
-def test_old_files_of_a_replaced_directory_are_gone(tmp_path):
+def test_a_file_that_somebody_put_into_our_directory_is_not_deleted(tmp_path):
     out = tmp_path / "out"
     save(out, True)
-    (out / "stale.safetensors").write_bytes(b"x")
-    save(out, True, overwrite=True, fill=2)
-    assert sorted(p.name for p in out.iterdir()) == [SIDECAR, "w.safetensors"]
+    (out / "precious.safetensors").write_bytes(b"x")
+    with pytest.raises(OutputExistsError, match=r"precious\.safetensors.*not written by"):
+        save(out, True, overwrite=True, fill=2)
+    assert check_whole(out, True) == 1 and (out / "precious.safetensors").exists()
+
+
+def test_one_of_our_files_among_those_of_others_does_not_make_the_folder_ours(tmp_path):
+    write_peft(tmp_path / "a", pairs(1, {"x.q": (16, 24)}, 2))
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    ao.merge([tmp_path / "a"], out=folder / "mine.safetensors")
+    (folder / "precious.safetensors").write_bytes(b"x")
+    with pytest.raises(OutputExistsError, match="not written by adapterops"):
+        ao.merge([tmp_path / "a"], out=folder, overwrite=True)
+    assert (folder / "precious.safetensors").exists()
+
+
+def test_a_tensor_that_was_never_put_is_no_output(tmp_path):
+    with (
+        pytest.raises(ValueError, match="never written"),
+        stage(tmp_path / "out", directory=False, overwrite=False) as target,
+    ):
+        writer = target.tensors("out", layout(SHAPES), 512)
+        writer.put("a", bytes(14))
+        writer.finish({})
+    assert not list(tmp_path.iterdir())
 
 
 # What is refused.
@@ -256,7 +281,10 @@ def test_a_header_larger_than_its_reserve_leaves_nothing(tmp_path):
         pytest.raises(ValueError, match="does not fit"),
         stage(tmp_path / "out", directory=False, overwrite=False) as target,
     ):
-        target.tensors("out", layout(SHAPES), 200).finish({"k": "v" * 100})
+        writer = target.tensors("out", layout(SHAPES), 200)
+        for name, entry in layout(SHAPES).items():
+            writer.put(name, bytes(entry.nbytes))
+        writer.finish({"k": "v" * 100})
     assert not list(tmp_path.iterdir())
 
 

@@ -81,18 +81,17 @@ def command(
             chosen,
             out=out,
             alpha=parse_alphas(alpha, paths),
-            command=_command,
             progress=progress,
             **options,
         )
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
     elif not quiet:
         from adapterops.render.tables import print_merge
 
-        print_merge(report, verbose=verbose)
+        print_merge(report, verbose=verbose, command=_command)
 
 
 def _split(

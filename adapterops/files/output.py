@@ -21,12 +21,15 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from adapterops.errors import FileError, FormatError, OutputExistsError
 from adapterops.files.header import Entry, encode_header
 from adapterops.files.source import file_header
 
 SIDECAR = "adapterops.json"
+MAIN = "adapter_model.safetensors"  # the weights in a directory that we write
+_COMPANIONS = ("adapter_config.json", "README.md")
 PROVENANCE_KEY = "adapterops"
 _HASH_BLOCK = 1 << 20
 _AT_FDCWD, _EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
@@ -40,6 +43,7 @@ class TensorWriter:
         self.entries = entries
         self.header_size = header_size
         self.data_size = max((entry.end for entry in entries.values()), default=0)
+        self._missing = set(entries)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def put(self, name: str, data: bytes | memoryview) -> None:
@@ -49,6 +53,7 @@ class TensorWriter:
         if len(view) != entry.nbytes:
             raise ValueError(f"{name}: {len(view)} bytes for a tensor of {entry.nbytes}")
         self._write(view, self.header_size + entry.start)
+        self._missing.discard(name)
 
     def data_sha256(self) -> tuple[str, bytes]:
         """sha256 of the data section and the data section's first 2 MiB as written."""
@@ -74,6 +79,8 @@ class TensorWriter:
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header, flush to disk, read it back and compare."""
+        if self._missing:
+            raise ValueError(f"{len(self._missing)} tensors were never written: {self._missing}")
         self._write(memoryview(encode_header(self.entries, metadata, self.header_size)), 0)
         os.ftruncate(self._descriptor, self.header_size + self.data_size)
         os.fsync(self._descriptor)
@@ -279,33 +286,48 @@ def _checked(out: str | os.PathLike[str], directory: bool, overwrite: bool) -> P
         raise OutputExistsError(
             "exists already", path=os.fspath(out), hint="pass --overwrite or choose another name"
         )
-    if directory and not is_ours(final):
-        raise OutputExistsError(
-            "exists and was not written by adapterops; --overwrite does not delete it",
-            path=os.fspath(out),
-            hint="remove it yourself or choose another name",
-        )
+    if directory:
+        foreign = foreign_files(final, MAIN)
+        if foreign is None or foreign:
+            what = f"holds {foreign[0]!r}, which" if foreign else "exists and"
+            raise OutputExistsError(
+                f"{what} was not written by adapterops; --overwrite does not delete it",
+                path=os.fspath(out),
+                hint="remove it yourself or choose another name",
+            )
     return final
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a sidecar, or a directory by its sidecar or a tensor file's header, is our work."""
-    sidecar, directory = (path / SIDECAR, path) if path.is_dir() else (path, path.parent)
+def is_our_sidecar(path: Path) -> bool:
+    """Whether a file is a certificate that adapterops wrote."""
+    return _sidecar(path) is not None
+
+
+def _sidecar(path: Path) -> dict[str, Any] | None:
     try:
-        document = json.loads(sidecar.read_text(encoding="utf-8"))
-        if str(document.get("schema", "")).startswith("adapterops."):
-            return True
-    except (OSError, ValueError, AttributeError):
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(document, dict) and str(document.get("schema", "")).startswith("adapterops.")
+    return document if ours else None
+
+
+def foreign_files(directory: Path, main: str) -> list[str] | None:
+    """What in a directory is not our work, or None if it carries no provenance of ours at all.
+
+    Ours are the files that the sidecar lists; without a sidecar, `main` if its header says so.
+    """
+    present = {path.name for path in directory.iterdir()}
+    document = _sidecar(directory / SIDECAR)
+    if document is not None:
+        listed = document.get("files")
+        return sorted(present - {SIDECAR, *(listed if isinstance(listed, list) else [main])})
+    try:
+        if PROVENANCE_KEY in file_header(directory / main).metadata:
+            return sorted(present - {main, *_COMPANIONS})
+    except (FileError, FormatError):
         pass
-    if not path.is_dir():
-        return False
-    for path in directory.glob("*.safetensors"):
-        try:
-            if PROVENANCE_KEY in file_header(path).metadata:
-                return True
-        except (FileError, FormatError):
-            continue
-    return False
+    return None
 
 
 def unwritable(path: str | os.PathLike[str], error: OSError) -> FileError:

@@ -166,7 +166,8 @@ class _Pool:
 
     def forget(self, file: LocalFile) -> None:
         with self._lock:
-            if id(file) in self._open and not self._users.pop(id(file), 0):
+            if id(file) in self._open and not self._users.get(id(file)):
+                self._users.pop(id(file), None)
                 os.close(self._open.pop(id(file))[1])
 
     def _close_idle(self) -> None:

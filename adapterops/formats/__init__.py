@@ -54,9 +54,11 @@ def open_adapter_file(
     sites = {stem: resolver.scaled(site) for stem, site in sites.items()}
     if shared:
         resolver.notes.append(f"{place.weights}: its config is taken to be {place.config}")
+    config_file = place.config if config else None
     config = config or embedded
     return AdapterFile(
         path=os.fspath(path),
+        source=next(iter(refs.values())).source,
         dialect=dialect,
         sites=sites,
         extras=extras,
@@ -66,6 +68,7 @@ def open_adapter_file(
         base=_base(config, metadata),
         notes=(*place.notes, *dict.fromkeys(resolver.notes)),
         weights_file=place.weights,
+        config_file=config_file,
         side_files=place.side_files,
     )
 

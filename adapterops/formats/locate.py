@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapterops.errors import FileError, FormatError
-from adapterops.files.source import LocalFile, unreadable
+from adapterops.files.source import LocalFile, read_bytes, unreadable
 from adapterops.formats import peft
 
 _WEIGHTS = (
@@ -98,7 +99,7 @@ def _in_directory(directory: Path) -> Located:
 def _sibling_config(file: Path) -> tuple[str | None, bool]:
     own = [file.with_suffix(".json"), file.with_suffix("") / peft.CONFIG]
     for candidate in own:
-        if candidate.is_file():
+        if candidate.is_file() and _is_config(candidate):
             return os.fspath(candidate), False
     beside = file.parent / peft.CONFIG
     if not beside.is_file():
@@ -106,14 +107,24 @@ def _sibling_config(file: Path) -> tuple[str | None, bool]:
     return os.fspath(beside), file.name not in (peft.WEIGHTS, "adapter_model.bin")
 
 
+def _is_config(path: Path) -> bool:
+    """Whether a JSON file speaks of an adapter; image UIs keep notes of their own beside a file."""
+    try:
+        document = json.loads(read_text(os.fspath(path)))
+    except (FormatError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and bool({"peft_type", "lora_alpha", "r"} & document.keys())
+
+
 def read_text(path: str, limit: int = 16_000_000) -> bytes:
     """A small file's bytes; a config of more than 16 MB is none."""
     file = LocalFile(path)
     if file.size() > limit:
         raise FormatError(f"has {file.size()} bytes, too large for a config", path=path)
-    buffer = bytearray(file.size())
-    file.pread_into(0, memoryview(buffer))
-    return bytes(buffer)
+    try:
+        return bytes(read_bytes(file, 0, file.size()))
+    finally:
+        file.close()
 
 
 def missing_pickle_permission(path: str) -> FileError | FormatError:

@@ -46,7 +46,8 @@ class Site:
     `shape` is (out, in) of ΔW as a matrix: for a convolution, in counts channels x kernel; for an
     embedding of V rows of d numbers it is (d, V), and the weight changes by ΔWᵀ. `parts` maps "A"
     and "B" to their tensors, and "bias" and "alpha" where there are any. ΔW = scale · B·A; `alpha`
-    is the number that the scale was made from, None where it was assumed.
+    is the number that the scale was made from, None where it was assumed; `alpha_given` if the user
+    said it.
     """
 
     stem: str
@@ -58,6 +59,7 @@ class Site:
     scale: float = math.nan
     scale_from: str = ""
     alpha: float | None = None
+    alpha_given: bool = False
 
     @property
     def dtype(self) -> str:
@@ -107,6 +109,7 @@ class AdapterFile:
     """
 
     path: str
+    source: Source
     dialect: str
     sites: Mapping[str, Site]
     extras: Mapping[str, Ref]
@@ -116,6 +119,7 @@ class AdapterFile:
     base: str | None = None
     notes: tuple[str, ...] = ()
     weights_file: str = ""
+    config_file: str | None = None
     side_files: tuple[str, ...] = ()
 
     @property

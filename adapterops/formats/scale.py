@@ -144,7 +144,11 @@ class ScaleFinder:
 def _given(site: Site, alpha: float) -> Site:
     scale = alpha / site.rank if site.rank else 1.0
     return replace(
-        site, scale=scale, alpha=alpha, scale_from=f"--alpha {alpha:g} / rank {site.rank}"
+        site,
+        scale=scale,
+        alpha=alpha,
+        alpha_given=True,
+        scale_from=f"--alpha {alpha:g} / rank {site.rank}",
     )
 
 

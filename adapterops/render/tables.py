@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,13 +19,17 @@ def figure(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
-def percent(value: float | None) -> str:
-    """A fraction in per cent, or a dash where it is undefined."""
-    return "–" if value is None else f"{100 * value:.3g} %"
+def percent(value: float | None, floor: float = 0.0) -> str:
+    """A fraction in per cent, a dash where it is undefined, a bound where it is rounding noise."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.3g} %" if value == 0.0 or value > floor else f"< {100 * floor:.1g} %"
 
 
-def print_merge(report: Report | PlanReport, *, verbose: bool) -> None:
-    """The certificate of a merge on stdout."""
+def print_merge(
+    report: Report | PlanReport, *, verbose: bool, command: Callable[[int], str]
+) -> None:
+    """The certificate of a merge on stdout; `command(rank)` is the command for a rank."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = _WIDTH
@@ -34,14 +40,15 @@ def print_merge(report: Report | PlanReport, *, verbose: bool) -> None:
     for name, fate in report.extras.items():
         if fate == "dropped":
             console.print(f"left out: {escape(name)}")
-    kept = [fate for fate in report.extras.values() if fate != "dropped"]
-    if kept:
-        console.print(f"extras (heads, biases, token rows): {len(kept)} tensors {kept[0]}")
+    for fate in ("copied", "averaged"):
+        count = list(report.extras.values()).count(fate)
+        if count:
+            console.print(f"extras (heads, biases, token rows): {count} tensors {fate}")
     if report.hints:
         console.print("a smaller rank would cost:")
         for hint in report.hints:
             console.print(
-                f"  rank {hint.rank:<4} error {percent(hint.error):<9} {escape(hint.command)}"
+                f"  rank {hint.rank:<4} error {percent(hint.error):<9} {escape(command(hint.rank))}"
             )
     for note in report.notes:
         console.print(f"note: {escape(note)}")
@@ -59,9 +66,10 @@ def _print_report(console: Console, report: Report, verbose: bool) -> None:
         f"[bold]{escape(report.output)}[/bold]  {report.dialect}, rank {report.rank}, "
         f"{report.dtype}, {report.size / 1e6:.3g} MB, {len(report.modules)} modules"
     )
+    floor = report.floor / report.norm if report.norm else 0.0
     console.print(
-        f"error {percent(report.error)} of the exact sum "
-        f"(rank {percent(report.truncation)}, number format {percent(report.storage)}), "
+        f"error {percent(report.error, floor)} of the exact sum (rank "
+        f"{percent(report.truncation, floor)}, number format {percent(report.storage, floor)}), "
         f"‖ΔW‖ {figure(report.norm, 4)}"
     )
     table = Table(box=None, pad_edge=False)
@@ -92,15 +100,16 @@ def _modules(modules: dict[str, ModuleReport], title: str) -> Table:
     for name in ("shape", "rank", "‖ΔW‖", "cut", "stored", "error", "route"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, module in modules.items():
+        floor = module.floor / module.norm if module.norm else 0.0
         norm = figure(module.norm, 4) if module.norm > module.floor else f"< {module.floor:.1g}"
         table.add_row(
             escape(name),
             "x".join(map(str, module.shape)),
             str(module.rank),
             norm,
-            percent(module.truncation),
-            percent(module.storage),
-            percent(module.error),
+            percent(module.truncation, floor),
+            percent(module.storage, floor),
+            percent(module.error, floor),
             module.route,
         )
     return table

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from adapterops.adapter import Adapter
 from adapterops.certificate import PlanReport, Report
@@ -28,7 +29,7 @@ def merge(
     extras: str = "error",
     dtype: str = "keep",
     to: str | None = None,
-    alpha: float | Mapping[str, float] | None = None,
+    alpha: float | Mapping[Any, float] | None = None,
     device: str = "auto",
     memory: str | int | None = None,
     jobs: int | None = None,
@@ -36,7 +37,6 @@ def merge(
     strict: bool = False,
     allow_pickle: bool = False,
     dry_run: bool = False,
-    command: Callable[[int], str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report | PlanReport:
     """Write Σ wᵢΔWᵢ of `adapters` (paths or Adapters) to `out` and return its certificate.
@@ -58,10 +58,10 @@ def merge(
         alpha: for inputs that do not say their scale; a mapping gives it to single paths, where it
             wins over what the file says.
         device: auto, cpu, cuda or cuda:N. memory: bytes in flight. jobs: worker threads.
-        overwrite: replace an existing output that adapterops wrote.
+        overwrite: replace an existing file, or a directory that holds only what adapterops wrote.
         strict: turn warnings into errors.
         dry_run: return the PlanReport and write nothing.
-        command, progress: called with a rank for hints, and with (what, done, count).
+        progress: called with (what, done, count).
 
     Raises:
         AdapterOpsError: one of the tree in `adapterops.errors`; nothing is written then.
@@ -70,7 +70,11 @@ def merge(
         raise UsageError("merge needs at least one adapter")
     paths = [repr(item) if isinstance(item, Adapter) else os.fspath(item) for item in adapters]
     checked = check_weights(weights, paths, normalize=normalize)
-    single = alpha if isinstance(alpha, Mapping) else {}
+    default = None if isinstance(alpha, Mapping) else alpha
+    single = {os.fspath(k): v for k, v in alpha.items()} if isinstance(alpha, Mapping) else {}
+    for value in (*single.values(), default):
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"alpha {value}: expected a number above 0")
     unknown = set(single) - set(paths)
     if unknown:
         raise UsageError(f"--alpha names {sorted(unknown)[0]!r}, which is not among the inputs")
@@ -79,7 +83,6 @@ def merge(
         if isinstance(item, Adapter):
             terms += [(weight * inner, file) for inner, file in item.terms]
             continue
-        default = None if isinstance(alpha, Mapping) else alpha
         file = open_adapter_file(
             item,
             alpha=single.get(path, default),
@@ -105,6 +108,5 @@ def merge(
         overwrite=overwrite,
         strict=strict,
         dry_run=dry_run,
-        command=command,
         progress=progress,
     )
