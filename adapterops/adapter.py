@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from adapterops.certificate import PlanReport, Report
@@ -61,15 +62,22 @@ class Adapter(Mapping[str, Factors]):
             files[id(file)] = file
         return Adapter(tuple((weights[key], files[key]) for key in files))
 
-    def __mul__(self, scalar: float) -> Adapter:
-        if not isinstance(scalar, int | float):
+    def __radd__(self, other: object) -> Adapter:
+        return self if other == 0 else NotImplemented  # sum() starts from 0
+
+    def __mul__(self, scalar: Any) -> Adapter:
+        if not isinstance(scalar, Real):
             return NotImplemented
-        return Adapter(tuple((weight * scalar, file) for weight, file in self.terms))
+        return Adapter(tuple((weight * float(scalar), file) for weight, file in self.terms))
 
     __rmul__ = __mul__
+    __array_ufunc__ = None  # a numpy number times an adapter is the adapter's business
 
     def __truediv__(self, scalar: float) -> Adapter:
-        return Adapter(tuple((weight / scalar, file) for weight, file in self.terms))
+        return self * (1 / scalar)
+
+    __eq__ = object.__eq__  # a mapping would compare matrices
+    __hash__ = object.__hash__
 
     def __neg__(self) -> Adapter:
         return self * -1.0

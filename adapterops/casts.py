@@ -45,6 +45,9 @@ DTYPE_NAMES: Mapping[str, str] = {
     "fp16": "F16",
 }
 
+_INTEGERS = {
+    f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)
+}
 _NUMPY_TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -64,6 +67,16 @@ def _float8_table(exponent_bits: int, mantissa_bits: int, bias: int) -> np.ndarr
 
 
 _TABLES = {"F8_E4M3": _float8_table(4, 3, 7), "F8_E5M2": _float8_table(5, 2, 15)}
+
+
+READABLE = (*FORMATS, *_TABLES)
+
+
+def number(raw: np.ndarray[Any, Any], dtype: str) -> float:
+    """The single number that a tensor's bytes hold; trainers store alpha as an integer too."""
+    if dtype in _INTEGERS:
+        return float(raw.view(_INTEGERS[dtype])[0])
+    return float(decode(raw, dtype, (1,))[0])
 
 
 def decode(raw: Array, dtype: str, shape: tuple[int, ...]) -> Array:
@@ -137,6 +150,11 @@ def check_range(x: Array, dtype: str, module: str) -> None:
             module=module,
             hint="--dtype float32 or bfloat16 holds it",
         )
+
+
+def format_name(dtype: str) -> str:
+    """A storage type as users write it: float16 for F16."""
+    return FORMATS[dtype].name if dtype in FORMATS else dtype
 
 
 def count_nonfinite(x: Array) -> int:

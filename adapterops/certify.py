@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adapterops.casts import FORMATS
+from adapterops.casts import format_name
 from adapterops.certificate import Figures, InputReport, ModuleReport, Report, ratio, total
 from adapterops.plan import Plan
 from adapterops.provenance import Provenance
@@ -49,7 +49,7 @@ def certify(plan: Plan, measured: Sequence[Figures], rank: int, provenance: Prov
     return Report(
         output="",
         dialect=plan.dialect,
-        dtype=FORMATS[plan.dtype].name,
+        dtype=format_name(plan.dtype),
         rank=rank,
         size=0,
         norm=norm,
@@ -84,7 +84,7 @@ def _inputs(
                 sha256=origin.sha256,
                 weight=weight,
                 dialect=file.dialect,
-                base=file.base,
+                base=_public(file.base),
                 modules=len(file.sites),
                 rank=file.rank,
                 scale=f"{shown}: {origin_text}",
@@ -94,6 +94,13 @@ def _inputs(
             )
         )
     return tuple(result)
+
+
+def _public(base: str | None) -> str | None:
+    """A base model's name; of a path on somebody's machine only its last part."""
+    if base and (base.startswith(("/", "~", ".")) or "\\" in base):
+        return base.replace("\\", "/").rstrip("/").rpartition("/")[2] or None
+    return base
 
 
 def notes(plan: Plan, report: Report, copy: bool) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,20 +43,21 @@ def output_path(out: str, dialect: str) -> tuple[str, bool, list[str]]:
     """The path to write, whether it is a directory, and notes about how it was understood."""
     if not out or "\0" in out:
         raise UsageError(f"the output {out!r} is no file name")
-    if out.endswith(".safetensors"):
+    if out.lower().endswith(".safetensors"):
         if dialect != "peft":
             return out, False, []
-        return (
-            out,
-            False,
-            [
-                "one file with the config in its header: adapterops reads it back; PEFT, vLLM and "
-                "SGLang need a directory (leave .safetensors off the output's name)"
-            ],
+        note = (
+            "one file with the config in its header: adapterops reads it back; PEFT, vLLM and "
+            "SGLang need a directory (leave .safetensors off the output's name)"
         )
+        return out, False, [note]
     if dialect == "peft":
+        if os.path.realpath(out) == os.path.realpath("."):
+            raise UsageError(f"the output {out!r} is the current folder; name a new one")
         return out, True, []
-    return f"{out}.safetensors", False, [f"{dialect} is one file: writing {out}.safetensors"]
+    inside = out.endswith(("/", os.sep)) or os.path.isdir(out)
+    path = os.path.join(out, "merged.safetensors") if inside else f"{out}.safetensors"
+    return path, False, [f"{dialect} is one file: writing {path}"]
 
 
 def plan_output(

@@ -92,6 +92,7 @@ class Spectrum:
     values: Matrix
     norm: float
     beta: float
+    floor: float
     rank: int
     columns: int
     route: Route
@@ -104,6 +105,11 @@ def rank_floor(m: int, n: int, beta: float) -> float:
 
 def cores(B: Array, A: Array) -> list[Core]:
     """The scaled Gram matrices of each module of the batch, on the host."""
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities are found, and named, later
+        return _cores(B, A)
+
+
+def _cores(B: Array, A: Array) -> list[Core]:
     if isinstance(B, np.ndarray):  # numpy multiplies x.T @ x by half the work, but only in 2-D
         return [_core(b.T @ b, a @ a.T) for b, a in zip(B, A, strict=True)]
     return [_core(b, a) for b, a in zip(host(B.mT @ B), host(A @ A.mT), strict=True)]
@@ -138,17 +144,17 @@ def spectrum(B: Array, A: Array, core: Core) -> Spectrum:
     m, n, columns = B.shape[-2], A.shape[-1], B.shape[-1]
     floor = rank_floor(m, n, core.beta)
     if core.beta == 0.0:
-        return Spectrum(np.zeros(min(m, n, columns)), 0.0, 0.0, 0, columns, "zero")
+        return Spectrum(np.zeros(min(m, n, columns)), 0.0, 0.0, 0.0, 0, columns, "zero")
     if not core.cancels and columns <= min(m, n):
         left, low_b = _root(core.gram_b)
         right, low_a = _root(core.gram_a)
         if low_b * low_a > floor:  # σ_R(BA) ≥ σ_R(B)·σ_R(A): certainly of full rank
             values = svd(left @ right.T)[1]
             if values[-1] >= _GRAM_SIGMA * core.beta:
-                return Spectrum(values, core.norm, core.beta, columns, columns, "gram")
+                return Spectrum(values, core.norm, core.beta, floor, columns, columns, "gram")
     values = svd(_triangles(B, A, core.scale))[1]
     rank = int((values > floor).sum())
-    return Spectrum(values, _size(values), core.beta, rank, columns, "qr")
+    return Spectrum(values, _size(values), core.beta, floor, rank, columns, "qr")
 
 
 def truncate(B: Array, A: Array, rank: int, known: Sequence[Core] = ()) -> list[Truncation]:

@@ -65,9 +65,9 @@ def check_weights(
             raise UsageError(f"the weight {weight} of {path} is not a finite number")
     if not normalize:
         return result
-    total = math.fsum(result)
-    if total == 0.0:
-        raise UsageError("--normalize divides by the sum of the weights, which is 0")
+    total = sum(result)
+    if not math.isfinite(total) or abs(total) <= 1e-12 * sum(map(abs, result)):
+        raise UsageError(f"--normalize divides by the sum of the weights, which is {total:.3g}")
     return [weight / total for weight in result]
 
 

@@ -8,13 +8,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterops.casts import DTYPE_NAMES, FORMATS
+from adapterops.casts import DTYPE_NAMES
 from adapterops.errors import IncompatibleError, NumericsError, UnsupportedError, UsageError
 from adapterops.formats.model import AdapterFile, Layer, Site
 from adapterops.formats.names import translate
 
 # SDXL's kohya files name SGM blocks; its cross attention reads 2048 numbers, SD 1's and 2's fewer.
 _SDXL_CONTEXT = 2048
+_SMALLEST, _LARGEST = 1e-30, 1e30
 _CONTEXT = re.compile(r"attn2[._]to_k$")
 
 
@@ -108,6 +109,7 @@ def align(
     for index, (file, weight) in enumerate(zip(inputs, weights, strict=True)):
         for stem, site in file.sites.items():
             if weight != 0.0:
+                _check_coefficient(weight * site.scale, weight, file, stem)
                 gathered[stem].append(Part(index, weight * site.scale, site))
     if not gathered:
         raise NumericsError("every weight is zero: the result is nothing but zeros")
@@ -163,6 +165,17 @@ def _output_names(chosen: dict[str, list[Part]], first: AdapterFile, to: str) ->
             hint=f"leave --to away to write {first.dialect}",
         )
     return names
+
+
+def _check_coefficient(coefficient: float, weight: float, file: AdapterFile, stem: str) -> None:
+    """Products of two such factors must neither vanish nor overflow in float64."""
+    if not _SMALLEST <= abs(coefficient) <= _LARGEST:
+        raise UsageError(
+            f"the weight {weight:g} makes its coefficient {coefficient:g}; coefficients from "
+            f"{_SMALLEST:g} to {_LARGEST:g} can be computed with",
+            path=file.path,
+            module=stem,
+        )
 
 
 def _check_overlap(inputs: Sequence[AdapterFile]) -> None:
@@ -251,11 +264,6 @@ def _orientation_warnings(inputs: Sequence[AdapterFile]) -> list[str]:
 
 def _dtype(name: str, first: AdapterFile) -> str:
     if name == "keep":
-        if first.dtype not in FORMATS:
-            raise UsageError(
-                f"{first.path} is stored as {first.dtype}, which is not written",
-                hint="choose --dtype float16, bfloat16 or float32",
-            )
         return first.dtype
     if name not in DTYPE_NAMES:
         raise UsageError(f"dtype {name!r}: expected keep, {', '.join(DTYPE_NAMES)}")

@@ -51,8 +51,8 @@ class Provenance:
 
 
 def base_name(path: str) -> str:
-    """The last component of a path, which may end in a slash or be a dot."""
-    return os.path.basename(os.path.realpath(path))
+    """The last component of a path, which may end in a slash or be a dot; always valid text."""
+    return os.fsencode(os.path.basename(os.path.abspath(path))).decode("utf-8", "replace")
 
 
 def file_sha256(path: str) -> str:

@@ -18,12 +18,18 @@ import numpy as np
 
 from adapterops import jobs, ranks
 from adapterops.card import model_card
-from adapterops.casts import FORMATS
+from adapterops.casts import FORMATS, format_name
 from adapterops.certificate import Figures, PlanReport, RankHint, Report, fields_of, total
 from adapterops.certify import certify
 from adapterops.certify import notes as measured_notes
 from adapterops.choose import check_size, choose_rank
-from adapterops.errors import BudgetError, IncompatibleError, NumericsError, OutputExistsError
+from adapterops.errors import (
+    BudgetError,
+    IncompatibleError,
+    NumericsError,
+    OutputExistsError,
+    UsageError,
+)
 from adapterops.extras import Extra, extras_by_name, plan_extras
 from adapterops.files.header import Entry, encode_header, layout
 from adapterops.files.output import (
@@ -134,6 +140,13 @@ def _save(
             hint="leave it out with --extras drop",
         )
     copy = _is_copy(plan, options)
+    if copy:
+        plan = replace(plan, dtype=plan.live[0].dtype)
+    elif plan.dtype not in FORMATS:
+        raise UsageError(
+            f"{inputs[0].path} is stored as {plan.dtype}, which is not written",
+            hint="choose --dtype float16, bfloat16 or float32",
+        )
     side_files, left = _side_files(inputs, directory)
     if not copy:
         check_size(plan, options.ranks)
@@ -148,6 +161,11 @@ def _save(
     if not copy:
         if options.ranks.needs_spectra:
             spectra = jobs.spectra(plan, on, options.progress)
+            _check_cancellation(
+                total([s.norm for s in spectra]),
+                total([s.floor for s in spectra]),
+                any(s.beta > 0 for s in spectra),
+            )
         rank = choose_rank(
             plan,
             options.ranks,
@@ -336,15 +354,24 @@ def _hints(plan: Plan, spectra: Sequence[Spectrum], rank: int) -> tuple[RankHint
 
 
 def _check_promises(report: Report, figures: Sequence[Figures], options: Options) -> None:
-    floor = total([figure.floor for figure in figures])
-    if report.norm <= floor and any(figure.beta > 0 for figure in figures):
-        raise NumericsError(
-            f"the inputs cancel: ‖ΔW‖ = {report.norm:.2g} is below the rounding noise {floor:.2g} "
-            "of what went in"
-        )
+    _check_cancellation(report.norm, report.floor, any(figure.beta > 0 for figure in figures))
     bound = options.ranks.max_error
-    if bound is not None and report.error > bound:
-        raise BudgetError(f"the error as written is {report.error:.4g}, over --max-error {bound:g}")
+    noise = report.floor / report.norm if report.norm else 0.0
+    if bound is not None and report.error + noise > bound:
+        raise BudgetError(
+            f"the error as written is {report.error:.4g}, measured to within {noise:.2g}: "
+            f"--max-error {bound:g} cannot be promised"
+        )
+
+
+def _check_cancellation(norm: float, floor: float, something: bool) -> None:
+    """Refuse a sum of which nothing is left but rounding noise."""
+    if something and norm <= floor:
+        raise NumericsError(
+            f"the inputs cancel: ‖ΔW‖ = {norm:.2g} is below the rounding noise {floor:.2g} of what "
+            "went in",
+            hint="are two of the inputs the same adapter with opposite weights?",
+        )
 
 
 def _side_files(
@@ -392,7 +419,8 @@ def _companions(
     }
     name = SIDECAR if target.directory else sidecar_name(target.final)
     encoder = json.JSONEncoder(indent=1, ensure_ascii=False, allow_nan=False, default=fields_of)
-    target.write(name, (chunk.encode() for chunk in encoder.iterencode(document)))
+    chunks = (chunk.encode("utf-8", "replace") for chunk in encoder.iterencode(document))
+    target.write(name, chunks)
 
 
 def _planned(plan: Plan, out: str, size: int, rank: int, extras: Mapping[str, str]) -> PlanReport:
@@ -402,5 +430,5 @@ def _planned(plan: Plan, out: str, size: int, rank: int, extras: Mapping[str, st
         for part in module.parts:
             widths[part.input] = part.site.rank
         modules[module.stem] = (module.shape, tuple(widths))
-    dtype = FORMATS[plan.dtype].name
+    dtype = format_name(plan.dtype)
     return PlanReport(out, plan.dialect, dtype, rank, size, modules, extras)

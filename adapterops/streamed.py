@@ -186,9 +186,10 @@ def spectrum(total: Sum) -> Spectrum:
     m, n = total.shape
     values = np.linalg.svd(host(total.rows(0, m)), compute_uv=False)
     bound = total.parts[0]
-    rank = int((values > rank_floor(m, n, bound)).sum())
+    floor = rank_floor(m, n, bound)
+    rank = int((values > floor).sum())
     size = float(np.sqrt(values @ values))
-    return Spectrum(values, size, bound, rank, total.module.columns, "range")
+    return Spectrum(values, size, bound, floor, rank, total.module.columns, "range")
 
 
 def _signs(stem: str, rows: int, columns: int) -> Matrix:

@@ -148,6 +148,7 @@ def test_the_hint_is_a_command_that_runs(two, options):
     done = run("merge", "a", "b", "-w", "1,1", "-o", "out dir", *options, cwd=two)
     line = next(x for x in done.stdout.splitlines() if x.strip().startswith("rank 4"))
     command_line = line[line.index("adapterops merge") :]
+    assert command_line.startswith("adapterops merge --rank 4")
     subprocess.run(
         command_line.replace("adapterops", f"{sys.executable} -m adapterops", 1),
         shell=True,
@@ -181,6 +182,28 @@ def test_help_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "merge" in done.stdout and "Exit codes" in done.stdout
     assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+def test_a_report_that_cannot_be_printed_does_not_unmake_the_result(two):
+    program = f"{sys.executable} -m adapterops merge a b -w 1,1 --overwrite"
+    env = {**os.environ, "PYTHONPATH": str(Path(adapterops.__file__).parent.parent)}
+    for shell, code, said in (
+        (f"set -o pipefail; {program} | true", 0, ""),
+        (f"PYTHONIOENCODING=ascii {program} > seen", 0, ""),
+        (f"{program} > /dev/full", 6, "the result is complete"),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", shell], cwd=two, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == code and said in done.stderr, (shell, done.stderr)
+        assert (two / "merged" / "adapterops.json").is_file()
+
+
+def test_names_that_are_not_text(two):
+    name = os.fsdecode(b"ad\xff")
+    (two / "a").rename(two / name)
+    run("merge", name, "b", "-w", "1,1", "-o", "m", cwd=two)
+    json.loads((two / "m" / "adapterops.json").read_text())
 
 
 def test_unknown_command_suggests(tmp_path):

@@ -142,7 +142,8 @@ def save(fill):
         writer = target.tensors("w.safetensors" if directory else "out", entries, 512)
         writer.put("w", bytes([fill]) * 1000)
         writer.finish({"fill": str(fill)})
-        target.write(SIDECAR if directory else "side.json", b'{"schema": "adapterops.test/1"}')
+        sidecar = b'{"schema": "adapterops.test/1", "files": ["w.safetensors"]}'
+        target.write(SIDECAR if directory else "side.json", [sidecar])
 
 def child(number):
     left = number

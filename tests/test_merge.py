@@ -19,6 +19,7 @@ from adapterops.errors import (
     FileError,
     IncompatibleError,
     NumericsError,
+    UnsafeFileError,
     UnsupportedError,
     UsageError,
 )
@@ -710,3 +711,133 @@ class TestReviewed:
             ao.merge(inputs, [0.7, 0.3], out=out, rank=rank, jobs=jobs, memory=memory)
             outputs.add((out / "adapter_model.safetensors").read_bytes())
         assert len(outputs) == 1
+
+
+class TestBroken:
+    """What somebody who did not write it broke; each test failed before its fix."""
+
+    def test_a_bound_below_the_rounding_noise_is_not_promised(self, tmp_path):
+        """Ten digits cancel: what is left is known to 10⁻⁶ only, whatever the file can hold."""
+        a, *_ = two(tmp_path)
+        weights = [1.0, -0.9999999999]
+        report = ao.merge([a, a], weights, out=tmp_path / "m", dtype="float32")
+        assert report.floor / report.norm > 1e-6 and report.error < 1e-6
+        with pytest.raises(BudgetError, match="cannot be promised"):
+            ao.merge([a, a], weights, out=tmp_path / "n", dtype="float32", max_error=1e-6)
+
+    def test_cancellation_is_seen_before_anything_is_planned(self, tmp_path):
+        a, *_ = two(tmp_path)
+        for options in ({"dry_run": True}, {"max_error": 0.1}):
+            with pytest.raises(NumericsError, match="cancel"):
+                ao.merge([a, a], [1, -1], out=tmp_path / "m", **options)
+
+    @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.int16])
+    def test_an_integer_alpha_is_a_number(self, tmp_path, kind):
+        from safetensors.numpy import save_file
+
+        factors = pairs(1, {"lora_unet_q": (16, 20)}, 4)
+        B, A = factors["lora_unet_q"]
+        tensors = {"lora_unet_q.lora_up.weight": B, "lora_unet_q.lora_down.weight": A}
+        save_file({**tensors, "lora_unet_q.alpha": np.array(2, kind)}, tmp_path / "k.safetensors")
+        ao.merge([tmp_path / "k.safetensors"], [1], out=tmp_path / "m.safetensors", rank=4)
+        assert distance(read_kohya(tmp_path / "m.safetensors"), dense(factors, 0.5)) < 1e-6
+
+    def test_an_integer_factor_is_named(self, tmp_path):
+        factors = {"q": (np.ones((4, 2), np.int32), np.ones((2, 4), np.float32))}
+        write_peft(tmp_path / "a", factors)
+        with pytest.raises(UnsupportedError, match=r"a/adapter_model.*module q:.*lora_B.*I32"):
+            ao.merge([tmp_path / "a"], out=tmp_path / "m")
+
+    def test_rank_patterns_that_lost_their_order_agree_with_the_tensors(self, tmp_path):
+        factors = {**pairs(1, {"x.q_proj": (16, 20)}, 4), **pairs(2, {"x.v_proj": (16, 20)}, 2)}
+        patterns = {".*proj": 4, "v_proj": 2}
+        write_peft(tmp_path / "a", factors, r=8, alpha=4, rank_pattern=patterns)
+        ao.merge([tmp_path / "a"], [1], out=tmp_path / "m", rank=4)
+        exact = {"x.q_proj": dense(factors)["x.q_proj"], "x.v_proj": 2 * dense(factors)["x.v_proj"]}
+        assert distance(read_peft(tmp_path / "m"), exact) < 1e-6
+
+    def test_a_pattern_that_would_run_for_ever_is_refused(self, tmp_path):
+        factors = pairs(1, {"x." + "a" * 30: (16, 20)}, 4)
+        write_peft(tmp_path / "a", factors, alpha_pattern={"(a+)+c": 2})
+        with pytest.raises(UnsafeFileError, match="for ever|forever"):
+            ao.merge([tmp_path / "a"], out=tmp_path / "m")
+
+    def test_factors_of_two_adapters_are_not_paired(self, tmp_path):
+        from safetensors.numpy import save_file
+
+        (B, A), prefix = pairs(1, {"q": (16, 20)}, 4)["q"], "base_model.model.q.lora_"
+        save_file(
+            {f"{prefix}A.foo.weight": A, f"{prefix}B.bar.weight": B}, tmp_path / "x.safetensors"
+        )
+        with pytest.raises(ValueError, match=r"several adapters.*foo.*bar"):
+            ao.merge([tmp_path / "x.safetensors"], out=tmp_path / "m", alpha=4)
+
+    def test_an_fp8_adapter_is_copied_and_merged_into_another_format(self, tmp_path):
+        import torch
+        from safetensors.torch import save_file
+
+        factors = pairs(1, {"lora_unet_q": (16, 20)}, 4)
+        B, A = (torch.from_numpy(x).to(torch.float8_e4m3fn) for x in factors["lora_unet_q"])
+        tensors = {"lora_unet_q.lora_up.weight": B, "lora_unet_q.lora_down.weight": A}
+        save_file(tensors, tmp_path / "k.safetensors")
+        report = ao.merge([tmp_path / "k.safetensors"], out=tmp_path / "c.safetensors")
+        assert report.dtype == "F8_E4M3" and report.error == 0.0
+        with pytest.raises(UsageError, match="--dtype"):
+            ao.merge([tmp_path / "k.safetensors"], [0.5], out=tmp_path / "m.safetensors")
+        ao.merge([tmp_path / "k.safetensors"], [0.5], out=tmp_path / "m.safetensors", dtype="fp32")
+        exact = dense({"lora_unet_q": (B.float().numpy(), A.float().numpy())}, 0.5)
+        assert distance(read_kohya(tmp_path / "m.safetensors"), exact) < 1e-6
+
+    def test_a_copy_reports_the_format_that_it_copies(self, tmp_path):
+        write_peft(tmp_path / "a", pairs(1, SHAPES, 2, np.float32))
+        write_peft(tmp_path / "b", pairs(2, SHAPES, 2, np.float16))
+        report = ao.merge([tmp_path / "a", tmp_path / "b"], [0, 1], out=tmp_path / "m")
+        assert report.dtype == "float16"
+
+    def test_a_coefficient_beyond_computing_is_refused(self, tmp_path):
+        a, *_ = two(tmp_path)
+        for weight in (1e-200, 1e200):
+            with pytest.raises(UsageError, match="coefficient"):
+                ao.merge([a], [weight], out=tmp_path / "m")
+
+    def test_one_path_or_adapter_is_enough(self, tmp_path):
+        a, b, da, _ = two(tmp_path)
+        ao.merge(a, out=tmp_path / "m")
+        ao.merge(ao.open_adapter(a), out=tmp_path / "n")
+        ao.merge((p for p in (a, b)), [1, 0], out=tmp_path / "o")
+        for name in "mno":
+            assert distance(read_peft(tmp_path / name), da) < 1e-15
+
+    def test_numbers_of_numpy_and_sum(self, tmp_path):
+        a, b, da, db = two(tmp_path)
+        one, other = ao.open_adapter(a), ao.open_adapter(b)
+        mix = sum([np.float64(0.5) * one, other * np.float32(0.25)])
+        assert [weight for weight, _ in mix.terms] == [0.5, 0.25]
+        assert one == one and one != other and len({one, other}) == 2
+
+    def test_a_local_base_path_stays_at_home(self, tmp_path):
+        a, *_ = two(tmp_path, base_model_name_or_path="/home/somebody/secret/llama")
+        ao.merge([a], [0.5], out=tmp_path / "m")
+        for name in ("README.md", "adapterops.json"):
+            assert "/home/somebody" not in (tmp_path / "m" / name).read_text()
+
+    def test_a_folder_as_the_output_of_a_one_file_dialect(self, tmp_path, monkeypatch):
+        write_kohya(tmp_path / "k.safetensors", pairs(1, {"lora_unet_q": (16, 20)}, 4), alpha=4)
+        (tmp_path / "d").mkdir()
+        for out in (tmp_path / "d", f"{tmp_path}/d/"):
+            ao.merge([tmp_path / "k.safetensors"], out=out, overwrite=True)
+            assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
+                "merged.adapterops.json",
+                "merged.safetensors",
+            ]
+        a, *_ = two(tmp_path)
+        (tmp_path / "empty").mkdir()
+        monkeypatch.chdir(tmp_path / "empty")
+        with pytest.raises(UsageError, match="current folder"):
+            ao.merge([a], out=".")
+
+    def test_a_git_lfs_pointer_is_recognised(self, tmp_path):
+        file = tmp_path / "x.safetensors"
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\n")
+        with pytest.raises(ValueError, match="Git LFS"):
+            ao.merge([file], out=tmp_path / "m")

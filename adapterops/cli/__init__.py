@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from adapterops import __version__
-from adapterops.errors import AdapterOpsError, Interrupted, MemoryLimitError
+from adapterops.errors import AdapterOpsError, FileError, Interrupted, MemoryLimitError
 
 COMMANDS = {"merge": "adapterops.cli.merge"}
 
@@ -58,6 +59,9 @@ def app() -> None:
 def main() -> NoReturn:
     """Run the command line and exit with the code that its errors call for."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names and figures need not fit the locale
+            stream.reconfigure(errors="replace")
     wants_json = "--json" in sys.argv
     try:
         code = app.main(standalone_mode=False)
@@ -78,9 +82,8 @@ def main() -> NoReturn:
         _fail(error, wants_json)
     except MemoryError:
         _fail(MemoryLimitError("out of memory; try a smaller -j or --memory"), wants_json)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except OSError as error:
+        _fail(FileError(f"{error.strerror or error}", path=error.filename), wants_json)
     except Exception as error:
         if os.environ.get("ADAPTEROPS_DEBUG"):
             raise

@@ -6,12 +6,15 @@ import json
 import os
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterops.cli.options import parse_alphas, rank_options, run_options
-from adapterops.errors import UsageError
+from adapterops.errors import FileError, UsageError
+
+if TYPE_CHECKING:
+    from adapterops.certificate import PlanReport, Report
 
 DEFAULT_OUTPUT = "merged"
 _RANK_OPTIONS = ("-r", "--rank", "--energy", "--max-error", "--size")
@@ -74,7 +77,7 @@ def command(
     keep_freed_memory()
     paths, given = _split(adapters, weights is not None, split_weight)
     chosen = parse_weights(weights) if weights is not None else given
-    out = output or DEFAULT_OUTPUT
+    out = DEFAULT_OUTPUT if output is None else output
     with reporter(quiet or no_progress) as progress:
         report = merge(
             paths,
@@ -86,6 +89,18 @@ def command(
         )
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
+    try:
+        _show(report, as_json, quiet, verbose)
+    except BrokenPipeError:  # whoever read the report has seen enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        raise FileError(
+            f"the result is complete, but its report cannot be printed: {error.strerror}",
+            path=report.output,
+        ) from None
+
+
+def _show(report: Report | PlanReport, as_json: bool, quiet: bool, verbose: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
     elif not quiet:
@@ -127,7 +142,7 @@ def _is_number(text: str) -> bool:
 def _command(rank: int) -> str:
     """This command line with another rank, ready to run: it replaces what was just written."""
     kept: list[str] = []
-    arguments = iter(sys.argv[1:])
+    arguments = iter(sys.argv[sys.argv.index("merge") + 1 :])
     for argument in arguments:
         name = argument.partition("=")[0]
         if name in _RANK_OPTIONS:
@@ -135,4 +150,4 @@ def _command(rank: int) -> str:
                 next(arguments, None)
         elif argument not in ("--dry-run", "--overwrite") and not argument.startswith("-r"):
             kept.append(argument)
-    return shlex.join(["adapterops", *kept, "--rank", str(rank), "--overwrite"])
+    return shlex.join(["adapterops", "merge", "--rank", str(rank), "--overwrite", *kept])

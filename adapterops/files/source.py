@@ -200,6 +200,14 @@ def read_header(source: Source) -> Header:
             raw += bytes(read_bytes(source, 8 + len(raw), length - len(raw)))
         return parse_header(raw, size, source.path)
     except FormatError:
+        if first[:5].lower() in (b"<!doc", b"<html") or first.startswith(
+            b"version https://git-lfs"
+        ):
+            raise FormatError(
+                "is a Git LFS pointer or a web page, not the file itself",
+                path=source.path,
+                hint="fetch it again, with `git lfs pull` or from the hub",
+            ) from None
         if _looks_like_pickle(first):
             raise FormatError(
                 "this is a PyTorch pickle, not a safetensors file",

@@ -116,7 +116,11 @@ def _belongs(
         return False
     scales = peft.Scales(config, place.config or "")
     ranks = {stem: parts["A"].shape[:1] for stem, parts in grouped.items() if "A" in parts}
-    return all(scales.rank(peft.module_path(stem)) in (None, *rank) for stem, rank in ranks.items())
+    return all(
+        scales.rank(peft.module_path(stem), rank[0]) in (None, rank[0])
+        for stem, rank in ranks.items()
+        if rank
+    )
 
 
 def _base(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str | None:

@@ -14,20 +14,24 @@ from adapterops.errors import UnsupportedError
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A parsed name: the stem names the module, `role` is A, B, bias or alpha."""
+    """A parsed name: the stem names the module, `role` is A, B, bias or alpha.
+
+    `adapter` is the adapter's name where the key still has it (a dump of a live model).
+    """
 
     stem: str
     role: str
     spelling: str
+    adapter: str = ""
 
 
 _DOWN_UP = {"down": "A", "up": "B"}
 
 # (pattern, spelling); the named group `side` says which factor it is.
 _FACTORS = [
-    (re.compile(r"\.lora_(?P<side>[AB])(\.[^.]+)?\.weight$"), "peft"),
+    (re.compile(r"\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight$"), "peft"),
     (re.compile(r"\.lora_(?P<side>[AB])(\.default)?$"), "peft"),
-    (re.compile(r"\.lora_embedding_(?P<side>[AB])(\.[^.]+)?$"), "embedding"),
+    (re.compile(r"\.lora_embedding_(?P<side>[AB])(\.(?P<adapter>[^.]+))?$"), "embedding"),
     (re.compile(r"\.lora_(?P<side>down|up)\.weight$"), "kohya"),
     (re.compile(r"\.lora\.(?P<side>down|up)\.weight$"), "lora"),
     (re.compile(r"\.lora_linear_layer\.(?P<side>down|up)\.weight$"), "lora"),
@@ -36,7 +40,7 @@ _PROCESSOR = re.compile(
     r"(\.processor)?\.(?P<name>to_q|to_k|to_v|to_out|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     r"_lora\.(?P<side>down|up)\.weight$"
 )
-_BIAS = re.compile(r"\.lora_B(\.[^.]+)?\.bias$")
+_BIAS = re.compile(r"\.lora_B(\.(?P<adapter>[^.]+))?\.bias$")
 _LATER = "a later version reads it"
 _REFUSED = [
     (r"\.lora_magnitude_vector(\.|$)|\.dora_scale$", "DoRA", "bake it into the base and extract"),
@@ -73,14 +77,17 @@ def parse(name: str) -> Key | None:
         found = pattern.search(name)
         if found:
             side = found["side"]
-            return Key(name[: found.start()], _DOWN_UP.get(side, side), spelling)
+            adapter = found.groupdict().get("adapter") or ""
+            role = _DOWN_UP.get(side, side)
+            return Key(name[: found.start()], role, spelling, adapter.replace("default", ""))
     found = _PROCESSOR.search(name)
     if found:
         leaf = "to_out.0" if found["name"] == "to_out" else found["name"]
         return Key(f"{name[: found.start()]}.{leaf}", _DOWN_UP[found["side"]], "processor")
     found = _BIAS.search(name)
     if found:
-        return Key(name[: found.start()], "bias", "peft")
+        adapter = (found["adapter"] or "").replace("default", "")
+        return Key(name[: found.start()], "bias", "peft", adapter)
     if name.endswith(".alpha"):
         return Key(name.removesuffix(".alpha"), "alpha", "")
     return None

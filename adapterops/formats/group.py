@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from adapterops import casts
 from adapterops.errors import FormatError, UnsupportedError
 from adapterops.formats import diffusers, grammar, peft
 from adapterops.formats.model import Layer, Ref, Site
@@ -19,6 +20,7 @@ def group(
     spellings: dict[str, str] = {}
     rest: dict[str, Ref] = {}
     alphas: dict[str, Ref] = {}
+    adapters: dict[str, str] = {}
     for name, ref in refs.items():
         key = grammar.parse(name)
         if key is None:
@@ -35,8 +37,14 @@ def group(
                     module=key.stem,
                 )
             parts[key.role] = ref
+            adapters.setdefault(key.adapter, name)
             if key.role != "bias":
                 spellings[key.stem] = key.spelling
+    if len(adapters) > 1:
+        raise FormatError(
+            f"holds tensors of several adapters: {' and '.join(map(repr, adapters.values()))}",
+            path=path,
+        )
     for stem, ref in alphas.items():
         owner = stem if stem in grouped else _processor_stem(stem, grouped)
         if owner is None and stem.startswith(peft.PREFIX):
@@ -165,6 +173,12 @@ def _site(module: str, parts: Mapping[str, Ref], path: str) -> Site:
             "embedding LoRA",
             **where,
         )
+    for ref in (A, B):
+        if ref.dtype not in casts.READABLE:
+            raise UnsupportedError(
+                f"{ref.name!r} is of type {ref.dtype}, which is no number format of factors",
+                **where,
+            )
     rank = A.shape[0]
     if B.shape[1] != rank:
         if rank and B.shape[1] and rank % B.shape[1] == 0 and layer == "conv":

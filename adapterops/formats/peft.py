@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from adapterops.errors import FormatError, UnsupportedError
+from adapterops.errors import FormatError, UnsafeFileError, UnsupportedError
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -69,7 +69,7 @@ def check_supported(config: Mapping[str, Any], path: str) -> None:
         raise UnsupportedError(
             f"this is a {kind} adapter, not a LoRA",
             path=path,
-            hint="it has no weight delta of low rank that could be merged here",
+            hint="only plain LoRA is read so far",
         )
     for name, (what, way) in _REFUSED_FIELDS.items():
         if config.get(name):
@@ -84,6 +84,11 @@ def check_supported(config: Mapping[str, Any], path: str) -> None:
             path=path,
             hint="convert it with PEFT's path_initial_model_for_weight_conversion first",
         )
+
+
+# Repetition of a repetition, such as (a+)+, is how a pattern is made to run for ever.
+_NESTED = re.compile(r"[*+}]\)[*+{]")
+_LONGEST_PATTERN = 1000
 
 
 class Scales:
@@ -105,9 +110,17 @@ class Scales:
         """Whether the config says an alpha at all."""
         return self._alpha is not None
 
-    def rank(self, module: str) -> float | None:
-        """The rank that the config expects of `module`."""
-        return self._match(self._ranks, module, "rank_pattern", self._rank)
+    def rank(self, module: str, actual: int) -> float | None:
+        """The rank that the config expects of a module whose tensors have rank `actual`.
+
+        JSON is saved sorted, so the order in which patterns were written is lost: where several
+        match, the one that the tensors agree with was meant.
+        """
+        path = target_path(module)
+        values = [value for pattern, value in self._ranks if pattern.match(path)]
+        if actual in values:
+            return float(actual)
+        return values[0] if values else self._rank
 
     def alpha(self, module: str) -> float:
         """The alpha of `module`; only where `known`."""
@@ -145,6 +158,11 @@ def _patterns(
         raise FormatError(f"{name} in the config is not a JSON object", path=path)
     result = []
     for pattern in value:
+        if len(pattern) > _LONGEST_PATTERN or _NESTED.search(pattern):
+            raise UnsafeFileError(
+                f"{name} {pattern[:80]!r} could take forever to match (nested repetition)",
+                path=path,
+            )
         try:
             result.append(
                 (re.compile(rf"(.*\.)?({pattern})$"), _number(value, pattern, path) or 0.0)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from adapterops import casts
 from adapterops.errors import FormatError, IncompatibleError
 from adapterops.formats import diffusers, kohya, peft
 from adapterops.formats.model import Site
@@ -70,7 +71,7 @@ class ScaleFinder:
             return _given(site, self._alpha)
         if self._dialect == "peft":
             raise IncompatibleError(
-                "no scale: there is no adapter_config.json and no alpha anywhere",
+                "no scale: no adapter_config.json says lora_alpha, and there is no alpha anywhere",
                 path=self._path,
                 hint="give the alpha it was trained with: --alpha X",
             )
@@ -84,7 +85,7 @@ class ScaleFinder:
             raise FormatError(
                 f"{ref.name!r} has shape {list(ref.shape)}, expected one number", path=self._path
             )
-        value = float(ref.read().reshape(-1)[0])
+        value = casts.number(ref.raw(), ref.dtype)
         if not math.isfinite(value):
             raise FormatError(f"{ref.name!r} is {value}", path=self._path)
         if value == 0.0:
@@ -104,7 +105,7 @@ class ScaleFinder:
             scales = parts[part]
             if not scales.known:
                 continue
-            expected = scales.rank(module)
+            expected = scales.rank(module, site.rank)
             if expected is not None and expected != site.rank:
                 raise IncompatibleError(
                     f"the config says r={expected:g}, its tensors have rank {site.rank}, so "

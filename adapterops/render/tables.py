@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+import sys
 from collections.abc import Callable
 
 from rich.console import Console
@@ -30,9 +33,22 @@ def print_merge(
     report: Report | PlanReport, *, verbose: bool, command: Callable[[int], str]
 ) -> None:
     """The certificate of a merge on stdout; `command(rank)` is the command for a rank."""
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = _WIDTH
+    terminal = sys.stdout.isatty()
+    console = Console(
+        file=io.StringIO(),
+        force_terminal=terminal,
+        highlight=False,
+        soft_wrap=True,
+        width=shutil.get_terminal_size().columns if terminal else _WIDTH,
+    )
+    _print(console, report, verbose, command)
+    sys.stdout.write(console.file.getvalue())  # type: ignore[attr-defined]
+    sys.stdout.flush()
+
+
+def _print(
+    console: Console, report: Report | PlanReport, verbose: bool, command: Callable[[int], str]
+) -> None:
     if isinstance(report, PlanReport):
         _print_plan(console, report)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from adapterops.adapter import Adapter
@@ -16,7 +16,7 @@ from adapterops.save import save_sum
 
 
 def merge(
-    adapters: Sequence[str | os.PathLike[str] | Adapter],
+    adapters: str | os.PathLike[str] | Adapter | Iterable[str | os.PathLike[str] | Adapter],
     weights: Sequence[float] | None = None,
     *,
     out: str | os.PathLike[str],
@@ -39,9 +39,10 @@ def merge(
     dry_run: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report | PlanReport:
-    """Write Σ wᵢΔWᵢ of `adapters` (paths or Adapters) to `out` and return its certificate.
+    """Write Σ wᵢΔWᵢ of adapters to `out` and return its certificate.
 
     Args:
+        adapters: paths or Adapters, one or several.
         weights: one finite number per adapter; may be left out for a single adapter (1.0).
         normalize: divide the weights by their sum.
         rank: uniform rank of the output, or "same" for the largest rank among the inputs. Without
@@ -66,8 +67,13 @@ def merge(
     Raises:
         AdapterOpsError: one of the tree in `adapterops.errors`; nothing is written then.
     """
+    if isinstance(adapters, str | os.PathLike | Adapter):
+        adapters = [adapters]
+    adapters = list(adapters)
     if not adapters:
         raise UsageError("merge needs at least one adapter")
+    if to not in (None, "peft", "kohya", "diffusers"):
+        raise UsageError(f"to={to!r}: expected peft, kohya or diffusers")
     paths = [repr(item) if isinstance(item, Adapter) else os.fspath(item) for item in adapters]
     checked = check_weights(weights, paths, normalize=normalize)
     default = None if isinstance(alpha, Mapping) else alpha
