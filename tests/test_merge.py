@@ -759,7 +759,7 @@ class TestBroken:
     def test_a_pattern_that_would_run_for_ever_is_refused(self, tmp_path):
         factors = pairs(1, {"x." + "a" * 30: (16, 20)}, 4)
         write_peft(tmp_path / "a", factors, alpha_pattern={"(a+)+c": 2})
-        with pytest.raises(UnsafeFileError, match="for ever|forever"):
+        with pytest.raises(UnsafeFileError, match="nested repetition"):
             ao.merge([tmp_path / "a"], out=tmp_path / "m")
 
     def test_factors_of_two_adapters_are_not_paired(self, tmp_path):
@@ -809,7 +809,7 @@ class TestBroken:
             assert distance(read_peft(tmp_path / name), da) < 1e-15
 
     def test_numbers_of_numpy_and_sum(self, tmp_path):
-        a, b, da, db = two(tmp_path)
+        a, b, *_ = two(tmp_path)
         one, other = ao.open_adapter(a), ao.open_adapter(b)
         mix = sum([np.float64(0.5) * one, other * np.float32(0.25)])
         assert [weight for weight, _ in mix.terms] == [0.5, 0.25]

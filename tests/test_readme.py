@@ -64,7 +64,7 @@ def test_python_blocks(place, block):
 
 
 def test_there_is_something_to_run():
-    assert len(CONSOLE) >= 3 and PYTHON
+    assert len(CONSOLE) >= 2 and PYTHON
 
 
 def test_demo(place):

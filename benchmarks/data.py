@@ -1,0 +1,190 @@
+"""Synthetic adapters for the benchmarks, written once into benchmarks/data.
+
+Values are seeded noise in which column j of B shrinks like 0.8^j, as trained adapters' spectra do.
+The 1,000 adapters are cut from a shared pool of noise and have four directions in common.
+`python benchmarks/data.py NAME…` writes the sets named, or all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+DATA = Path(__file__).resolve().parent / "data"
+LLAMA_7B = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (4096, 4096),
+    "self_attn.v_proj": (4096, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (11008, 4096),
+    "mlp.up_proj": (11008, 4096),
+    "mlp.down_proj": (4096, 11008),
+}
+LLAMA_3B = {"self_attn.q_proj": (3072, 3072), "self_attn.v_proj": (1024, 3072)}
+FLEET = 1000
+_SHARED = 4
+Shapes = dict[str, tuple[int, int]]
+Tensors = dict[str, np.ndarray]
+
+
+def layers(count: int, shapes: Shapes) -> Shapes:
+    """Module paths and shapes of a decoder of so many equal layers."""
+    return {
+        f"model.layers.{i}.{name}": shape for i in range(count) for name, shape in shapes.items()
+    }
+
+
+def sdxl() -> Shapes:
+    """The 722 linear modules of the SDXL UNet that LoRA trainers adapt, by their flat names."""
+    shapes: Shapes = {}
+    for block, attentions, depth, width in (
+        ("down_blocks_1", 2, 2, 640),
+        ("down_blocks_2", 2, 10, 1280),
+        ("mid_block", 1, 10, 1280),
+        ("up_blocks_0", 3, 10, 1280),
+        ("up_blocks_1", 3, 2, 640),
+    ):
+        for attention in range(attentions):
+            stem = f"lora_unet_{block}_attentions_{attention}"
+            shapes |= {f"{stem}_proj_in": (width, width), f"{stem}_proj_out": (width, width)}
+            for index in range(depth):
+                shapes |= _transformer_block(f"{stem}_transformer_blocks_{index}", width)
+    return shapes
+
+
+def _transformer_block(stem: str, width: int) -> Shapes:
+    shapes = {f"{stem}_attn{i}_to_{x}": (width, width) for i in (1, 2) for x in ("q", "out_0")}
+    shapes |= {f"{stem}_attn1_to_{x}": (width, width) for x in "kv"}
+    shapes |= {f"{stem}_attn2_to_{x}": (width, 2048) for x in "kv"}
+    return shapes | {
+        f"{stem}_ff_net_0_proj": (8 * width, width),
+        f"{stem}_ff_net_2": (width, 4 * width),
+    }
+
+
+def noise(rng: np.random.Generator, shape: tuple[int, int], rank: int) -> tuple[np.ndarray, ...]:
+    """B (m, r) and A (r, n) in float16 with a decaying spectrum."""
+    m, n = shape
+    decay = np.float32(0.05) * np.float32(0.8) ** np.arange(rank, dtype=np.float32)
+    B = rng.standard_normal((m, rank), np.float32) * decay
+    A = rng.standard_normal((rank, n), np.float32) / np.float32(n**0.5)
+    return B.astype(np.float16), A.astype(np.float16)
+
+
+def write_peft(folder: Path, tensors: Tensors, rank: int) -> None:
+    """A PEFT directory: the tensors and a config with alpha = 2·rank."""
+    folder.mkdir(parents=True)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "synthetic",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def _peft_tensors(stem: str, B: np.ndarray, A: np.ndarray) -> Tensors:
+    name = f"base_model.model.{stem}"
+    return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+
+
+def _pair(folder: Path, shapes: Shapes, rank: int) -> None:
+    for name in "ab":
+        rng = np.random.default_rng(ord(name))
+        tensors: Tensors = {}
+        for stem, shape in shapes.items():
+            tensors |= _peft_tensors(stem, *noise(rng, shape, rank))
+        write_peft(folder / name, tensors, rank)
+
+
+def _kohya_pair(folder: Path, shapes: Shapes, rank: int) -> None:
+    folder.mkdir(parents=True)
+    for name in "ab":
+        rng = np.random.default_rng(ord(name))
+        tensors: Tensors = {}
+        for stem, shape in shapes.items():
+            B, A = noise(rng, shape, rank)
+            tensors |= {f"{stem}.lora_up.weight": B, f"{stem}.lora_down.weight": A}
+            tensors[f"{stem}.alpha"] = np.array(rank / 2, np.float16)
+        save_file(tensors, folder / f"{name}.safetensors")
+
+
+def _fleet(folder: Path) -> None:
+    """One layer of Llama-7B, rank 16, 1,000 times: the first four columns resemble each other."""
+    rank, rng = 16, np.random.default_rng(1000)
+    shapes = layers(1, LLAMA_7B)
+    pool_b = noise(rng, (1 << 21, 1), rank)[0]
+    pool_a = (rng.standard_normal(1 << 25, np.float32) / 64).astype(np.float16)
+    common = {stem: noise(rng, shape, rank) for stem, shape in shapes.items()}
+    for index in range(FLEET):
+        tensors: Tensors = {}
+        for stem, (m, n) in shapes.items():
+            start_b = int(rng.integers(len(pool_b) - m))
+            start_a = int(rng.integers(len(pool_a) - rank * n))
+            B = pool_b[start_b : start_b + m].copy()
+            A = pool_a[start_a : start_a + rank * n].reshape(rank, n).copy()
+            B[:, :_SHARED] = common[stem][0][:, :_SHARED]
+            A[:_SHARED] = common[stem][1][:_SHARED]
+            tensors |= _peft_tensors(stem, B, A)
+        write_peft(folder / f"tenant{index:04d}", tensors, rank)
+
+
+SETS: dict[str, Callable[[Path], None]] = {
+    "small": lambda folder: _pair(folder, layers(1, {"self_attn.q_proj": (256, 256)}), 16),
+    "medium": lambda folder: _pair(folder, layers(1, {"self_attn.q_proj": (1024, 1024)}), 16),
+    "square": lambda folder: _pair(folder, layers(1, {"self_attn.q_proj": (4096, 4096)}), 16),
+    "10mb": lambda folder: _pair(folder, layers(28, LLAMA_3B), 16),
+    "7b": lambda folder: _pair(folder, layers(32, LLAMA_7B), 16),
+    "layers10": lambda folder: _pair(folder, layers(10, LLAMA_7B), 16),
+    "layers100": lambda folder: _pair(folder, layers(100, LLAMA_7B), 16),
+    "sdxl": lambda folder: _kohya_pair(folder, sdxl(), 32),
+    "fleet": _fleet,
+}
+
+
+def get(name: str) -> Path:
+    """The folder of a set, written first if it is not there."""
+    folder = DATA / name
+    if not folder.exists():
+        unfinished = DATA / f".{name}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        SETS[name](unfinished)
+        unfinished.rename(folder)
+    return folder
+
+
+def pair(name: str) -> list[str]:
+    """Paths of the two adapters of a set."""
+    return [str(path) for path in sorted(get(name).iterdir())]
+
+
+def weights(adapter: str) -> Path:
+    """The weights file of a PEFT adapter."""
+    return Path(adapter) / "adapter_model.safetensors"
+
+
+def tensors(adapter: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(stem, B, A) of a PEFT adapter in float64, its scale in B; read by another library."""
+    from safetensors import safe_open
+
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    with safe_open(weights(adapter), "numpy") as file:
+        names = [name for name in file.keys() if name.endswith(".lora_A.weight")]  # noqa: SIM118
+        for name in names:
+            A = file.get_tensor(name).astype(np.float64)
+            B = file.get_tensor(name.replace(".lora_A.", ".lora_B.")).astype(np.float64)
+            yield name.removesuffix(".lora_A.weight"), B * scale, A
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or SETS:
+        print(get(chosen).name)
