@@ -192,7 +192,7 @@ def _mix(core: Core, rank: int, m: int, n: int) -> _Mix | None:
         return _Mix(right, left, np.zeros(0), 0.0, "stack")
     if core.cancels or columns > min(m, n):
         return None
-    root_b, root_a = _root(core.gram_b)[0], _root(core.gram_a)[0]
+    root_b, root_a = _factor(core.gram_b), _factor(core.gram_a)
     U, values, Vh = svd(root_b @ root_a.T)
     keep = min(rank, len(values))
     tail = _size(values[keep:])
@@ -236,6 +236,15 @@ def _triangles(B: Array, A: Array, scale: Matrix) -> Matrix:
     upper_a = host(xp.linalg.qr((A / scales[:, None]).mT)[1])
     core: Matrix = upper_b @ upper_a.T
     return core
+
+
+def _factor(gram: Matrix) -> Matrix:
+    """L with LᵀL = gram: by Cholesky, or by eigenvalues where rounding made it indefinite."""
+    try:
+        upper: Matrix = np.linalg.cholesky(gram).T
+    except np.linalg.LinAlgError:
+        return _root(gram)[0]
+    return upper
 
 
 def _root(gram: Matrix) -> tuple[Matrix, float]:

@@ -351,3 +351,11 @@ class TestExtras:
         for policy, targets in (("first", ["dense"]), ("drop", ["layers.0.dense"])):
             ao.merge([source], [0.5], out=tmp_path / policy, extras=policy)
             assert config_of(tmp_path / policy)["target_modules"] == targets
+
+
+def test_a_folder_of_named_adapters_says_which(tmp_path: Path) -> None:
+    """PEFT saves an adapter that is not called "default" into a folder of that name."""
+    for name in ("one", "two"):
+        write_peft(tmp_path / "all" / name, pairs(1, {"x.q": (16, 24)}, 2))
+    with pytest.raises(FormatError, match="one, two"):
+        ao.merge([tmp_path / "all"], out=tmp_path / "m")

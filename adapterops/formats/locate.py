@@ -78,8 +78,11 @@ def _in_directory(directory: Path) -> Located:
                 hint="name one of the files",
             )
     if not found:
+        inside = sorted(p.parent.name for p in directory.glob(f"*/{peft.WEIGHTS}"))
         raise FormatError(
-            f"is not an adapter: the directory holds no {peft.WEIGHTS}", path=directory
+            f"is not an adapter: the directory holds no {peft.WEIGHTS}",
+            path=directory,
+            hint=f"its folders hold some: {', '.join(inside[:4])}" if inside else None,
         )
     weights, *others = found
     notes = [
