@@ -6,12 +6,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import adapterops
 from adapterops.files.source import LocalFile
+from adapterops.formats.model import AdapterFile
 
 _BLOCK = 1 << 22
 
@@ -48,6 +49,16 @@ class Provenance:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
+def given_alphas(inputs: Sequence[AdapterFile]) -> dict[str, float]:
+    """Alphas that came from the user, by the input's index."""
+    return {
+        str(index): site.alpha
+        for index, file in enumerate(inputs)
+        for site in file.sites.values()
+        if site.alpha is not None and site.alpha_given
+    }
 
 
 def base_name(path: str) -> str:

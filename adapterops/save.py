@@ -6,7 +6,6 @@ nothing behind.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -16,13 +15,13 @@ from typing import Literal
 
 import numpy as np
 
-from adapterops import jobs, ranks
-from adapterops.card import model_card
+from adapterops import passes, ranks
 from adapterops.casts import FORMATS, format_name
-from adapterops.certificate import Figures, PlanReport, RankHint, Report, fields_of, total
+from adapterops.certificate import Figures, PlanReport, RankHint, Report, total
 from adapterops.certify import certify
 from adapterops.certify import notes as measured_notes
 from adapterops.choose import check_size, choose_rank
+from adapterops.companions import side_files, write_companions
 from adapterops.errors import (
     BudgetError,
     IncompatibleError,
@@ -34,21 +33,18 @@ from adapterops.extras import Extra, extras_by_name, plan_extras
 from adapterops.files.header import Entry, encode_header, layout
 from adapterops.files.output import (
     PROVENANCE_KEY,
-    SIDECAR,
-    Staging,
-    TensorWriter,
     check_output,
     is_our_sidecar,
     stage,
 )
-from adapterops.files.source import LocalFile, read_bytes
+from adapterops.files.writer import TensorWriter
 from adapterops.formats import kohya, peft
 from adapterops.formats.model import AdapterFile
 from adapterops.layout import Layout, output_path, plan_output, sidecar_name
 from adapterops.linalg import Spectrum
 from adapterops.options import compute, parse_size
 from adapterops.plan import Plan, align
-from adapterops.provenance import Origin, Provenance, base_name, file_sha256
+from adapterops.provenance import Origin, Provenance, base_name, file_sha256, given_alphas
 from adapterops.ranks import Ranks
 from adapterops.stream import Compute
 
@@ -147,7 +143,7 @@ def _save(
             f"{inputs[0].path} is stored as {plan.dtype}, which is not written",
             hint="choose --dtype float16, bfloat16 or float32",
         )
-    side_files, left = _side_files(inputs, directory)
+    travelling, left = side_files(inputs, directory)
     if not copy:
         check_size(plan, options.ranks)
     provenance = _provenance(plan, options, on)
@@ -160,7 +156,7 @@ def _save(
     rank = plan.input_rank
     if not copy:
         if options.ranks.needs_spectra:
-            spectra = jobs.spectra(plan, on, options.progress)
+            spectra = passes.spectra(plan, on, options.progress)
             _check_cancellation(
                 total([s.norm for s in spectra]),
                 total([s.floor for s in spectra]),
@@ -171,7 +167,7 @@ def _save(
             options.ranks,
             spectra,
             lambda k: _file_size(*form_at(k)[1:]),
-            lambda k: [p.figures for p in jobs.pieces(plan, k, on, options.progress)],
+            lambda k: [p.figures for p in passes.pieces(plan, k, on, options.progress)],
         )
     form, entries, metadata = form_at(rank)
     size = _file_size(entries, metadata)
@@ -206,7 +202,7 @@ def _save(
             digest, start = writer.data_sha256()
             metadata.update(kohya.model_hashes(entries, metadata, digest, start))
         writer.finish(metadata)
-        _companions(target, {**form.files, **side_files}, report, provenance)
+        write_companions(target, {**form.files, **travelling}, report, provenance)
     return report
 
 
@@ -271,7 +267,7 @@ def _provenance(plan: Plan, options: Options, on: Compute) -> Provenance:
             file_sha256(file.config_file) if file.config_file else None,
         )
         for file, sha256, weight in zip(
-            plan.inputs, jobs.sha256s(plan, on), plan.weights, strict=True
+            plan.inputs, passes.sha256s(plan, on), plan.weights, strict=True
         )
     )
     chosen = options.ranks
@@ -284,19 +280,9 @@ def _provenance(plan: Plan, options: Options, on: Compute) -> Provenance:
         "extras": None if options.extras == "error" else options.extras,
         "dtype": None if options.dtype == "keep" else options.dtype,
         "to": options.to,
-        "alpha": _given_alphas(plan.inputs) or None,
+        "alpha": given_alphas(plan.inputs) or None,
     }
     return Provenance("merge", origins, recorded)
-
-
-def _given_alphas(inputs: Sequence[AdapterFile]) -> dict[str, float]:
-    """Alphas that came from the user, by the input's index."""
-    return {
-        str(index): site.alpha
-        for index, file in enumerate(inputs)
-        for site in file.sites.values()
-        if site.alpha is not None and site.alpha_given
-    }
 
 
 def _data_size(entries: dict[str, Entry]) -> int:
@@ -325,13 +311,13 @@ def _write(
     for name, data in form.constants.items():
         writer.put(name, data)
     if copy:
-        results = jobs.copies(plan, on, options.progress)
+        results = passes.copies(plan, on, options.progress)
         for module in plan.modules:
             if "alpha" in form.roles[module.stem]:
                 name = form.roles[module.stem]["alpha"]
                 writer.put(name, module.parts[0].site.parts["alpha"].raw().data)
     else:
-        results = jobs.pieces(plan, rank, on, options.progress)
+        results = passes.pieces(plan, rank, on, options.progress)
     figures: dict[str, Figures] = {}
     with closing(results):
         for piece in results:
@@ -372,55 +358,6 @@ def _check_cancellation(norm: float, floor: float, something: bool) -> None:
             "went in",
             hint="are two of the inputs the same adapter with opposite weights?",
         )
-
-
-def _side_files(
-    inputs: Sequence[AdapterFile], directory: bool
-) -> tuple[dict[str, bytes], list[str]]:
-    """Tokenizer files beside the inputs: those that travel, warnings about those that do not."""
-    carried: dict[str, bytes] = {}
-    warnings = []
-    for name in sorted({name for file in inputs for name in file.side_files}):
-        contents = {_content(Path(file.path) / name) for file in inputs if name in file.side_files}
-        if not directory:
-            warnings.append(f"{name} beside the inputs does not fit into one file")
-        elif len(contents) > 1:
-            warnings.append(f"{name} differs between the inputs and was left out")
-        else:
-            carried[name] = contents.pop()
-    return carried, warnings
-
-
-def _content(path: Path) -> bytes:
-    file = LocalFile(path)
-    try:
-        return bytes(read_bytes(file, 0, file.size()))
-    finally:
-        file.close()
-
-
-def _companions(
-    target: Staging, files: Mapping[str, bytes], report: Report, provenance: Provenance
-) -> None:
-    """Config, tokenizer files, model card and the sidecar with every measured figure."""
-    for name, data in files.items():
-        target.write(name, [data])
-    if target.directory:
-        target.write("README.md", [model_card(report).encode()])
-    measured = fields_of(report)
-    del measured["warnings"], measured["notes"]  # they may name paths, and an output travels
-    names = [path.name for path in target.root.iterdir()] if target.directory else []
-    document = {
-        "schema": Report.schema,
-        **measured,
-        "output": base_name(report.output),
-        "files": sorted(names) or [target.final.name],
-        "provenance": provenance.to_dict(),
-    }
-    name = SIDECAR if target.directory else sidecar_name(target.final)
-    encoder = json.JSONEncoder(indent=1, ensure_ascii=False, allow_nan=False, default=fields_of)
-    chunks = (chunk.encode("utf-8", "replace") for chunk in encoder.iterencode(document))
-    target.write(name, chunks)
 
 
 def _planned(plan: Plan, out: str, size: int, rank: int, extras: Mapping[str, str]) -> PlanReport:

@@ -1,4 +1,4 @@
-"""A plan's work as jobs: hashes, singular values, finished tensors, in plan order on the CPU."""
+"""Passes over a plan, as jobs: hashes, singular values, finished tensors."""
 
 from __future__ import annotations
 
