@@ -6,13 +6,16 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check long wheel bench clean
+.PHONY: demo test verify check long wheel bench clean
 
 demo: $(VENV)/core  ## set up, merge the example adapters, show the report
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/demo.sh
 
 test: $(VENV)/dev  ## set up and run the tests
 	$(PY) -m pytest -n 2 --dist loadfile -m "not long" --durations=15
+
+verify: $(VENV)/dev  ## merge the examples, load the result with PEFT, compare logits with the exact sum
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/verify.sh
 
 check: $(VENV)/dev  ## lint, formatting, types
 	$(PY) -m ruff check .
