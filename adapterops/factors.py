@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from adapterops import linalg
@@ -76,8 +75,3 @@ class Factors:
         """The closest matrix of this rank (Eckart & Young 1936), balanced ‖b_j‖ = ‖a_j‖ = √σ_j."""
         result = linalg.truncate(self.B[None], self.A[None], rank)[0]
         return Factors(result.B, result.A)
-
-    def relative_error(self, other: Factors) -> float:
-        """‖ΔW − ΔW'‖ / ‖ΔW‖, from the factors of the difference."""
-        size = self.norm()
-        return (self - other).norm() / size if size else math.nan
