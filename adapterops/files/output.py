@@ -253,7 +253,9 @@ def foreign_files(directory: Path, main: str) -> list[str] | None:
     document = _sidecar(directory / SIDECAR)
     if document is not None:
         listed = document.get("files")
-        return sorted(present - {SIDECAR, *(listed if isinstance(listed, list) else [main])})
+        return sorted(
+            present - {SIDECAR, *(listed if isinstance(listed, list) else [main, *_COMPANIONS])}
+        )
     try:
         if PROVENANCE_KEY in file_header(directory / main).metadata:
             return sorted(present - {main, *_COMPANIONS})
