@@ -25,7 +25,7 @@ def check_size(plan: Plan, chosen: Ranks) -> None:
             f"without a rank the result may need rank {plan.bound} and "
             f"{plan.parameters(plan.bound):,} numbers, the dense weight changes themselves have "
             f"{plan.dense:,}",
-            hint="choose --rank N, --rank same or --energy E, or merge into the base with bake",
+            hint="choose --rank N, --rank same or --energy E",
         )
 
 

@@ -169,9 +169,10 @@ def _styles(plan: Plan) -> dict[str, str]:
         for item in file.style.split(" ") if file.style else []:
             part, _, style = item.partition("=")
             styles.setdefault(part, style)
-    if "peft" in styles.values() or _biased(
-        plan
-    ):  # loaders look at one key to tell the spelling of all
+    # Loaders look at one key to tell the spelling of all, and only one spelling has biases.
+    if set(styles.values()) == {"bare"}:
+        return styles
+    if {"peft", "bare"} & set(styles.values()) or _biased(plan):
         styles = dict.fromkeys(styles, "peft")
     return styles
 
@@ -267,9 +268,9 @@ def _is_stabilised(site: Site) -> bool:
     return not math.isclose(site.scale, site.alpha / site.rank, rel_tol=1e-9)
 
 
-def _targets(plan: Plan, *, keep_extras: bool) -> list[str]:
+def _targets(plan: Plan, *, keep_extras: bool) -> list[str] | str:
     stems = [module.stem for module in plan.modules]
-    configs = [] if plan.left_out else [file.config for file in plan.inputs]
+    configs = [] if plan.left_out else [file.config for file in plan.live]
     return peft.target_modules(stems, configs, keep_extras=keep_extras)
 
 

@@ -298,3 +298,31 @@ def test_the_two_files_of_the_corpus(images: Any, corpus: Path, tmp_path: Path) 
         {name: torch.from_numpy(value) for name, value in load_file(out).items()}
     )
     assert distance(found, wanted) < 1e-6
+
+
+def test_a_models_own_save_stays_loadable_by_the_model(images: Any, tmp_path: Path) -> None:
+    """`save_lora_adapter` writes bare keys and its config into the header; so must the merge."""
+    import torch
+    from peft import LoraConfig
+
+    files = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        unet = images.model("unet")
+        unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_v"]))
+        for name, value in unet.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(value, std=0.1)
+        unet.save_lora_adapter(tmp_path / str(seed))
+        files.append(tmp_path / str(seed) / "pytorch_lora_weights.safetensors")
+    out = tmp_path / "m.safetensors"
+    report = ao.merge(files, [0.7, 0.3], out=out, dtype="float32")
+    assert report.dialect == "diffusers" and report.inputs[0].scale.startswith("1.5")
+    exact: dict[str, np.ndarray] = {}
+    for weight, file in zip((0.7, 0.3), files, strict=True):
+        tensors = load_file(file)
+        for name in (n for n in tensors if n.endswith(".lora_A.weight")):
+            stem = name.removesuffix(".lora_A.weight")
+            delta = tensors[f"{stem}.lora_B.weight"].astype(float) @ tensors[name].astype(float)
+            exact[stem] = exact.get(stem, 0.0) + weight * 1.5 * delta
+    assert distance(images.deltas(out, "unet", bare=True), exact) < 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -359,3 +360,24 @@ def test_a_folder_of_named_adapters_says_which(tmp_path: Path) -> None:
         write_peft(tmp_path / "all" / name, pairs(1, {"x.q": (16, 24)}, 2))
     with pytest.raises(FormatError, match="one, two"):
         ao.merge([tmp_path / "all"], out=tmp_path / "m")
+
+
+def test_an_expression_survives_where_transformers_renamed_the_modules(tmp_path: Path) -> None:
+    """PEFT renames old keys of vision-language models on load; full paths would find nothing."""
+    shapes = {f"language_model.model.layers.0.self_attn.{n}_proj": (16, 24) for n in "qv"}
+    pattern = r".*language_model.*\.(q_proj|v_proj)"
+    for name, targets in (("a", pattern), ("b", ["q_proj", "v_proj"])):
+        write_peft(tmp_path / name, pairs(1, shapes, 2), target_modules=targets)
+    ao.merge([tmp_path / "a"], [0.5], out=tmp_path / "m")
+    assert config_of(tmp_path / "m")["target_modules"] == pattern
+    ao.merge([tmp_path / "a", tmp_path / "b"], [1, 1], out=tmp_path / "n")
+    joined = config_of(tmp_path / "n")["target_modules"]
+    assert isinstance(joined, str) and all(re.fullmatch(joined, name) for name in shapes)
+
+
+def test_a_path_without_a_dot_is_not_taken_for_the_end_of_another(tmp_path: Path) -> None:
+    write_peft(tmp_path / "a", pairs(1, {"q": (16, 24), "block.k": (16, 24)}, 2))
+    ao.merge([tmp_path / "a"], [0.5], out=tmp_path / "m", modules="q")
+    target = config_of(tmp_path / "m")["target_modules"]
+    assert isinstance(target, str) and re.fullmatch(target, "q")
+    assert not re.fullmatch(target, "block.q")

@@ -44,7 +44,7 @@ def open_adapter_file(
             peft.check_supported(diffusers.component_config(text, part), where or place.weights)
     if not grouped:
         raise not_an_adapter(refs, place.weights)
-    dialect = dialect_of(grouped, spellings, config or embedded, place.weights)
+    dialect = dialect_of(grouped, spellings, config, place.weights)
     sites, extras = make_sites(grouped, spellings, rest, dialect, place.weights)
     resolver = ScaleFinder(os.fspath(path), dialect, metadata, alpha, alpha_wins)
     if config and place.config:

@@ -57,7 +57,12 @@ def component(stem: str) -> str:
 
 
 def names(stem: str, spelling: str) -> dict[str, str]:
-    """The saved names of a module's tensors in one of the three spellings."""
+    """The saved names of a module's tensors in one of the three spellings.
+
+    "bare" is the current one without the component: what a model's own `save_lora_adapter` writes.
+    """
+    if spelling == "bare":
+        stem, spelling = stem.removeprefix(component(stem) + "."), "peft"
     if spelling == "peft":
         return {
             "A": f"{stem}.lora_A.weight",

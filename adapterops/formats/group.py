@@ -101,7 +101,8 @@ def style_of(spellings: Mapping[str, str], dialect: str) -> str:
     for stem, spelling in spellings.items():
         part = diffusers.component(diffusers.canonical(stem))
         if styles.get(part) in (None, "lora"):
-            styles[part] = spelling
+            bare = spelling == "peft" and stem != diffusers.canonical(stem)
+            styles[part] = "bare" if bare else spelling
     return " ".join(f"{part}={style}" for part, style in sorted(styles.items()))
 
 

@@ -226,7 +226,7 @@ def write_config(
     base: str | None,
     modules: Mapping[str, tuple[int, float]],
     *,
-    targets: list[str],
+    targets: list[str] | str,
     keep_extras: bool,
     bias: bool,
 ) -> dict[str, Any]:
@@ -268,26 +268,64 @@ def write_config(
 
 def target_modules(
     modules: Sequence[str], configs: Sequence[Mapping[str, Any]], *, keep_extras: bool
-) -> list[str]:
-    """`target_modules` for exactly these modules.
+) -> list[str] | str:
+    """`target_modules` for these modules: short names, full paths, or a regular expression.
 
     The short names that the inputs were trained with, where they cover the modules and nothing
-    narrows them; otherwise full paths, which PEFT matches exactly whatever else the base contains.
-    Saved heads narrow too (their layers are no targets), unless the output saves the same ones.
+    narrows them; otherwise full paths. Some engines parse no expression, so one is written only
+    where full paths cannot work: it was the inputs' own and transformers has since renamed the
+    modules (PEFT renames the tensors' keys on load, but not the targets). Saved heads narrow too
+    (their layers are no targets), unless the output saves the same ones.
     """
     narrowing = ["layers_to_transform", "exclude_modules"]
     if not keep_extras or len({str(config.get("modules_to_save")) for config in configs}) > 1:
         narrowing.append("modules_to_save")
-    names: set[str] = set()
     paths = sorted({target_path(module) for module in modules})
-    for config in configs:
-        listed = config.get("target_modules")
-        if not isinstance(listed, list) or any(config.get(name) for name in narrowing):
-            return paths
-        names.update(str(name) for name in listed)
-    used = {name for name in names if any(_targets(name, path) for path in paths)}
-    covered = all(any(_targets(name, path) for name in used) for path in paths)
-    return sorted(used) if used and covered else paths
+    if not configs or any(config.get(name) for config in configs for name in narrowing):
+        return _exactly(paths)
+    given = [config.get("target_modules") for config in configs]
+    if all(isinstance(item, list) for item in given):
+        names = {str(name) for item in given for name in item or ()}
+        used = {name for name in names if any(_targets(name, path) for path in paths)}
+        covered = all(any(_targets(name, path) for name in used) for path in paths)
+        return sorted(used) if used and covered else _exactly(paths)
+    renamed = any(_RENAMED.match(path) for path in paths)
+    if renamed and all(isinstance(item, list | str) for item in given):
+        pattern = _joined([item for item in given if item])
+        if _matches_all(pattern, paths):
+            return pattern
+    return _exactly(paths)
+
+
+# Vision-language models saved before transformers 5; today these start with `model.`.
+_RENAMED = re.compile(r"(language_model\.model|vision_tower|multi_modal_projector|visual)\.")
+
+
+def _exactly(paths: list[str]) -> list[str] | str:
+    """Full paths; PEFT also takes a name for the end of a path, unless it is an expression."""
+    if all("." in path for path in paths):
+        return paths
+    return "|".join(re.escape(path) for path in paths)
+
+
+def _joined(given: Sequence[list[Any] | str]) -> str:
+    """One expression for several; a listed name matches at the end of a path."""
+    parts = [
+        item if isinstance(item, str) else rf"(.*\.)?({'|'.join(re.escape(str(n)) for n in item)})"
+        for item in given
+    ]
+    distinct = list(dict.fromkeys(parts))
+    return distinct[0] if len(distinct) == 1 else "|".join(f"({part})" for part in distinct)
+
+
+def _matches_all(pattern: str, paths: Sequence[str]) -> bool:
+    if len(pattern) > _LONGEST_PATTERN or _NESTED.search(pattern):
+        return False
+    try:
+        compiled = re.compile(pattern)
+    except re.error:
+        return False
+    return all(compiled.fullmatch(path) for path in paths)
 
 
 def _targets(name: str, module: str) -> bool:

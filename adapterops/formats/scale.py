@@ -102,7 +102,7 @@ class ScaleFinder:
         part = diffusers.component(site.stem) if self._dialect == "diffusers" else ""
         module = site.stem.removeprefix(part + ".") if part else site.stem
         for where, parts in self._configs:
-            scales = parts[part]
+            scales = parts[part] if parts[part].known else parts[""]
             if not scales.known:
                 continue
             expected = scales.rank(module, site.rank)
