@@ -190,7 +190,7 @@ def _streamed(total: Sum, rank: int, dtype: str) -> Piece:
         result,
         linalg.norm(change_b, change_a),
         cross,
-        total.parts[1],
+        total.part_norms,
         streamed.inner(total, stored.B, stored.A),
     )
 

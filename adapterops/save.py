@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -76,34 +76,16 @@ def save_sum(
     energy: float | None = None,
     max_error: float | None = None,
     size: str | int | None = None,
-    modules: str | None = None,
-    extras: str = "error",
-    dtype: str = "keep",
-    to: str | None = None,
     device: str = "auto",
     memory: str | int | None = None,
     jobs: int | None = None,
-    overwrite: bool = False,
-    strict: bool = False,
-    dry_run: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
 ) -> Report | PlanReport:
-    """`save` with its options as keywords."""
+    """`save` with everything as keywords; `options` are the other fields of `Options`."""
     rank = rank.item() if isinstance(rank, np.integer) else rank
     chosen = Ranks(rank, energy, max_error, None if size is None else parse_size(size, "--size"))
-    options = Options(
-        out=os.fspath(out),
-        ranks=chosen,
-        modules=modules,
-        extras=extras,
-        dtype=dtype,
-        to=to,
-        overwrite=overwrite,
-        strict=strict,
-        dry_run=dry_run,
-        progress=progress,
-    )
-    return save(files, weights, options, compute(device, memory, jobs))
+    how = Options(os.fspath(out), chosen, **options)
+    return save(files, weights, how, compute(device, memory, jobs))
 
 
 def save(

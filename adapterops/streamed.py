@@ -100,16 +100,21 @@ class Sum:
         """‖ΔW‖_F from its dense rows, block by block."""
         return math.sqrt(math.fsum(_squares(self.rows(*bounds)) for bounds in self.blocks()))
 
+    @property
+    def beta(self) -> float:
+        """β of all columns."""
+        return math.fsum(beta for beta, _ in self._each)
+
+    @property
+    def part_norms(self) -> tuple[float, ...]:
+        """‖cᵢDᵢ‖ of every part."""
+        return tuple(norm for _, norm in self._each)
+
     @cached_property
-    def parts(self) -> tuple[float, tuple[float, ...]]:
-        """β of all columns, and ‖cᵢDᵢ‖ of every part."""
-        bound, norms = 0.0, []
-        for part in self.module.parts:
-            B, A = _stack([part], self.device)
-            core = linalg.cores(B[None], A[None])[0]
-            bound += core.beta
-            norms.append(linalg.norm(B, A))
-        return bound, tuple(norms)
+    def _each(self) -> list[tuple[float, float]]:
+        """(β, norm) of every part, in one reading."""
+        stacks = (_stack([part], self.device) for part in self.module.parts)
+        return [(linalg.cores(B[None], A[None])[0].beta, linalg.norm(B, A)) for B, A in stacks]
 
 
 def held(module: Module) -> bool:
@@ -161,7 +166,7 @@ def truncate(total: Sum, rank: int) -> Truncation:
             break
         before = tail
         basis = xp.linalg.qr(total.matmul(right))[0]
-    bound = total.parts[0]
+    bound = total.beta
     keep = min(rank, int((values > rank_floor(m, n, bound)).sum()))
     root = np.sqrt(values[:keep])
     left, lower = np.zeros((len(U), rank)), np.zeros((rank, Vh.shape[1]))
@@ -185,7 +190,7 @@ def spectrum(total: Sum) -> Spectrum:
     """All singular values, from the dense matrix: with this many columns it is the smaller form."""
     m, n = total.shape
     values = np.linalg.svd(host(total.rows(0, m)), compute_uv=False)
-    bound = total.parts[0]
+    bound = total.beta
     floor = rank_floor(m, n, bound)
     rank = int((values > floor).sum())
     size = float(np.sqrt(values @ values))

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -650,8 +651,9 @@ class TestReviewed:
         report = ao.merge([a, a, b], [1, 1, 1], out=tmp_path / "m", dtype="float32", rank=5)
         print_merge(report, verbose=True, command=str)
         printed = capsys.readouterr().out
-        assert report.truncation < 1e-14 and "rank < " in printed
-        assert "e-1" not in printed.replace("< ", "").split("‖ΔW‖")[0] or "< " in printed
+        assert 0 < report.truncation < report.floor / report.norm and "(rank < " in printed
+        plain = re.findall(r"(?<!< )\b(\d[\d.e+-]*) %", printed)  # percentages that are no bounds
+        assert plain and all(float(x) == 0 or float(x) > 1e-9 for x in plain), plain
 
     @pytest.mark.parametrize("text", ["[1, 2]", '{"description": "a note"}', "not json"])
     def test_notes_beside_a_file_are_not_its_config(self, tmp_path, text):
