@@ -66,6 +66,16 @@ def base_name(path: str) -> str:
     return os.fsencode(os.path.basename(os.path.abspath(path))).decode("utf-8", "replace")
 
 
+def labels(paths: Sequence[str]) -> list[str]:
+    """Base names of the inputs; the second of one name is called `name#2`."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in map(base_name, paths):
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return result
+
+
 def file_sha256(path: str) -> str:
     """sha256 of a file's bytes."""
     file = LocalFile(path)

@@ -44,7 +44,7 @@ from adapterops.layout import Layout, output_path, plan_output, sidecar_name
 from adapterops.linalg import Spectrum
 from adapterops.options import compute, parse_size
 from adapterops.plan import Plan, align
-from adapterops.provenance import Origin, Provenance, base_name, file_sha256, given_alphas
+from adapterops.provenance import Origin, Provenance, file_sha256, given_alphas, labels
 from adapterops.ranks import Ranks
 from adapterops.stream import Compute
 
@@ -241,16 +241,11 @@ def _is_copy(plan: Plan, options: Options) -> bool:
 
 
 def _provenance(plan: Plan, options: Options, on: Compute) -> Provenance:
+    names = labels([file.path for file in plan.inputs])
+    hashes = passes.sha256s(plan, on)
     origins = tuple(
-        Origin(
-            base_name(file.path),
-            sha256,
-            weight,
-            file_sha256(file.config_file) if file.config_file else None,
-        )
-        for file, sha256, weight in zip(
-            plan.inputs, passes.sha256s(plan, on), plan.weights, strict=True
-        )
+        Origin(name, sha256, weight, file_sha256(file.config_file) if file.config_file else None)
+        for file, name, sha256, weight in zip(plan.inputs, names, hashes, plan.weights, strict=True)
     )
     chosen = options.ranks
     recorded = {

@@ -173,6 +173,16 @@ class TestRanks:
         assert report.error <= bound
         assert report.rank == 1 or weighted_truncation(exact, report.rank - 1) > 0.99 * bound
 
+    def test_max_error_counts_what_the_format_costs(self, tmp_path):
+        """A rank whose truncation alone just fits does not fit once it is stored."""
+        a, b, da, db = two(tmp_path)
+        exact = weighted((0.7, da), (1, db))
+        for rank in (2, 3, 4):
+            bound = weighted_truncation(exact, rank) * (1 + 1e-9)
+            out = tmp_path / f"m{rank}"
+            report = ao.merge([a, b], [0.7, 1], out=out, max_error=bound, dtype="bfloat16")
+            assert report.rank == rank + 1 and distance(read_peft(out), exact) <= bound
+
     def test_max_error_below_the_formats_floor_is_refused(self, tmp_path):
         a, b, *_ = two(tmp_path)
         with pytest.raises(BudgetError, match=r"BF16|bfloat16.*") as caught:
@@ -713,6 +723,14 @@ class TestReviewed:
             ao.merge(inputs, [0.7, 0.3], out=out, rank=rank, jobs=jobs, memory=memory)
             outputs.add((out / "adapter_model.safetensors").read_bytes())
         assert len(outputs) == 1
+
+
+def test_inputs_of_one_name_are_told_apart(tmp_path):
+    for folder, seed in (("one", 1), ("two", 2)):
+        write_peft(tmp_path / folder / "checkpoint-500", pairs(seed, SHAPES, 2))
+    inputs = [tmp_path / folder / "checkpoint-500" for folder in ("one", "two")]
+    report = ao.merge(inputs, [1, 2], out=tmp_path / "m")
+    assert [item.name for item in report.inputs] == ["checkpoint-500", "checkpoint-500#2"]
 
 
 class TestBroken:

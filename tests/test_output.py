@@ -738,3 +738,23 @@ def test_processes_replacing_one_directory(tmp_path):
             writer.kill()
     assert check_whole(out, True) in (2, 3, 4)
     assert not hidden(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["directory", "file"])
+def test_every_file_and_its_folder_reach_the_disk(form, tmp_path, monkeypatch):
+    flushed = set()
+    sync = os.fsync
+
+    def recorded(descriptor):
+        status = os.fstat(descriptor)
+        flushed.add((status.st_dev, status.st_ino))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    write_peft(tmp_path / "a", pairs(1, {"x.q": (16, 24)}, 2))
+    folder = tmp_path / "outputs"
+    folder.mkdir()
+    ao.merge([tmp_path / "a"], out=folder / ("m" if form == "directory" else "m.safetensors"))
+    written = [folder, *folder.rglob("*")]
+    assert len(written) == (6 if form == "directory" else 3)
+    assert [p for p in written if (p.stat().st_dev, p.stat().st_ino) not in flushed] == []
