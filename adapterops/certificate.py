@@ -22,7 +22,7 @@ class ModuleReport:
     in, it means nothing. `truncation`, `storage` and `error` are relative to it: the part cut off,
     the part lost to the file's number format, and both together (not their sum). `retention` of an
     input D is ⟨written, D⟩/‖D‖²; `shares` are |w|‖D‖ over their sum. `route` says how the factors
-    were made: copy, stack (all columns kept), gram, qr, range, or zero.
+    were made: copy, stack (all columns kept), gram, qr, range, or zero; dense for a full delta.
     """
 
     shape: tuple[int, int]

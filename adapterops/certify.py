@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from adapterops.casts import format_name
@@ -12,39 +13,34 @@ from adapterops.provenance import Provenance
 _STORAGE_NOTE = 1e-3
 
 
-def certify(plan: Plan, measured: Sequence[Figures], rank: int, provenance: Provenance) -> Report:
-    """Totals, inputs and modules from the measured figures."""
+def certify(
+    plan: Plan,
+    measured: Sequence[Figures],
+    dense: Sequence[Figures],
+    rank: int,
+    provenance: Provenance,
+) -> Report:
+    """Totals, inputs and modules from the measured figures of modules and of full deltas."""
     count = len(plan.inputs)
     squares = [[0.0] * count, [0.0] * count]
     modules: dict[str, ModuleReport] = {}
     for module, figures in zip(plan.modules, measured, strict=True):
-        shares: list[float | None] = [None] * count
-        retention: list[float | None] = [None] * count
         widths = [0] * count
-        whole = sum(figures.input_norms)
-        for part, size, inner in zip(module.parts, figures.input_norms, figures.inner, strict=True):
-            weight = plan.weights[part.input]
-            shares[part.input] = ratio(size, whole)
-            retention[part.input] = _quotient(inner * weight, size * size)
+        for part in module.parts:
             widths[part.input] = part.site.rank
-            squares[0][part.input] += size * size
-            squares[1][part.input] += inner
-        seen = figures.norm if figures.norm > figures.floor else 0.0
-        modules[module.stem] = ModuleReport(
-            shape=module.shape,
-            layer=module.layer,
-            ranks=tuple(widths),
-            rank=module.parts[0].site.rank if figures.route == "copy" else rank,
-            norm=figures.norm,
-            truncation=ratio(figures.truncation, seen),
-            storage=ratio(figures.storage, seen),
-            error=ratio(figures.total, seen),
-            shares=tuple(shares),
-            retention=tuple(retention),
-            subnormal=figures.subnormal,
-            route=figures.route,
-            floor=figures.floor,
+        kept = module.parts[0].site.rank if figures.route == "copy" else rank
+        owners = [part.input for part in module.parts]
+        modules[module.stem] = _module(
+            figures, owners, plan.weights, squares, module.shape, module.layer, widths, kept
         )
+    for delta, figures in zip(plan.deltas, dense, strict=True):
+        owners = [p.input for p in delta.parts] + [p.input for p in delta.factors]
+        shape = (delta.shape[0], math.prod(delta.shape[1:])) if delta.shape else (1, 1)
+        widths, kept = [0] * count, min(shape)
+        modules[delta.name] = _module(
+            figures, owners, plan.weights, squares, shape, "full", widths, kept
+        )
+    measured = [*measured, *dense]
     norm = total([f.norm for f in measured])
     return Report(
         output="",
@@ -63,6 +59,43 @@ def certify(plan: Plan, measured: Sequence[Figures], rank: int, provenance: Prov
     )
 
 
+def _module(
+    figures: Figures,
+    owners: Sequence[int],
+    weights: Sequence[float],
+    squares: list[list[float]],
+    shape: tuple[int, int],
+    layer: str,
+    widths: Sequence[int],
+    rank: int,
+) -> ModuleReport:
+    """One module's report; its inputs' squares and inner products are added up in `squares`."""
+    shares: list[float | None] = [None] * len(weights)
+    retention: list[float | None] = [None] * len(weights)
+    whole = sum(figures.input_norms)
+    for owner, size, inner in zip(owners, figures.input_norms, figures.inner, strict=True):
+        shares[owner] = ratio(size, whole)
+        retention[owner] = _quotient(inner * weights[owner], size * size)
+        squares[0][owner] += size * size
+        squares[1][owner] += inner
+    seen = figures.norm if figures.norm > figures.floor else 0.0
+    return ModuleReport(
+        shape=shape,
+        layer=layer,
+        ranks=tuple(widths),
+        rank=rank,
+        norm=figures.norm,
+        truncation=ratio(figures.truncation, seen),
+        storage=ratio(figures.storage, seen),
+        error=ratio(figures.total, seen),
+        shares=tuple(shares),
+        retention=tuple(retention),
+        subnormal=figures.subnormal,
+        route=figures.route,
+        floor=figures.floor,
+    )
+
+
 def _quotient(inner: float, squared: float) -> float | None:
     return inner / squared if squared > 0 else None
 
@@ -73,9 +106,9 @@ def _inputs(
     sizes = [square**0.5 for square in squares]
     result = []
     for index, (file, origin) in enumerate(zip(plan.inputs, provenance.inputs, strict=True)):
-        scales = sorted({site.scale for site in file.sites.values()})
+        scales = sorted({site.scale for site in file.sites.values()} or {1.0})
         shown = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
-        origins = sorted({site.scale_from for site in file.sites.values()})
+        origins = sorted({site.scale_from for site in file.sites.values()} or {"full deltas"})
         origin_text = origins[0] + (", …" if len(origins) > 1 else "")
         weight = origin.weight
         result.append(

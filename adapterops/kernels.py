@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from adapterops import casts, linalg, streamed
 from adapterops.arrays import Array, host, is_out_of_device_memory, namespace
 from adapterops.certificate import Figures
 from adapterops.errors import NumericsError
+from adapterops.formats.model import Read, Ref
 from adapterops.linalg import Core, Spectrum, Truncation
 from adapterops.plan import Module
 from adapterops.streamed import Sum
@@ -73,18 +75,18 @@ def factors(modules: Sequence[Module], rank: int, dtype: str, device: str) -> li
     return [piece for module in modules for piece in factors([module], rank, dtype, "cpu")]
 
 
-def copies(modules: Sequence[Module]) -> list[Piece]:
-    """Modules with a single factor pair as they are in the file, bit for bit."""
-    return [_copy(module) for module in modules]
+def measures(modules: Sequence[Module]) -> list[tuple[str, Figures]]:
+    """Figures of modules with a single factor pair that is copied bit for bit."""
+    read = once(Ref.raw)
+    return [(module.stem, _measure(module, read)) for module in modules]
 
 
-def _copy(module: Module) -> Piece:
+def _measure(module: Module, read: Read) -> Figures:
     part = module.parts[0]
-    B, A = part.site.factors()
+    B, A = part.site.factors("cpu", read)
     scaled = A * part.coefficient
     size, bound = linalg.norm(B, scaled), linalg.cores(B[None], scaled[None])[0].beta
-    refs = part.site.parts
-    figures = Figures(
+    return Figures(
         norm=size,
         beta=bound,
         floor=linalg.rank_floor(*module.shape, bound),
@@ -96,13 +98,12 @@ def _copy(module: Module) -> Piece:
         subnormal=0,
         route="copy",
     )
-    bias = refs["bias"].raw().data if "bias" in refs else None
-    return Piece(module.stem, refs["B"].raw().data, refs["A"].raw().data, bias, figures)
 
 
 def _stacked(modules: Sequence[Module], device: str) -> tuple[Array, Array, list[Core]]:
     """All columns of each module, coefficients folded into A, (k, m, R) and (k, R, n); cores."""
-    pairs = [_columns(module, device) for module in modules]
+    read = once(Ref.raw)
+    pairs = [_columns(module, device, read) for module in modules]
     if len(pairs) == 1:
         B, A = pairs[0][0][None], pairs[0][1][None]
     else:
@@ -114,15 +115,30 @@ def _stacked(modules: Sequence[Module], device: str) -> tuple[Array, Array, list
     return B, A, cores
 
 
-def _columns(module: Module, device: str) -> tuple[Array, Array]:
+def once(read: Read) -> Read:
+    """`read` that keeps what it has read: experts of one job share their tensors."""
+    kept: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
+
+    def cached(ref: Ref) -> np.ndarray[Any, Any]:
+        if ref.every[1] == 1:
+            return read(ref)
+        key = (id(ref.source), ref.offset)
+        if key not in kept:
+            kept[key] = read(ref)
+        return kept[key]
+
+    return cached
+
+
+def _columns(module: Module, device: str, read: Read) -> tuple[Array, Array]:
     if device == "cpu":
         B = np.empty((module.shape[0], module.columns))
         A = np.empty((module.columns, module.shape[1]))
         for part, rows in zip(module.parts, _slices(module), strict=True):
-            part.site.factors_into(B[:, rows], A[rows])
+            part.site.factors_into(B[:, rows], A[rows], read)
             A[rows] *= part.coefficient
         return B, A
-    pairs = [part.site.factors(device) for part in module.parts]
+    pairs = [part.site.factors(device, read) for part in module.parts]
     xp = namespace(pairs[0][0])
     scaled = [A * part.coefficient for (_, A), part in zip(pairs, module.parts, strict=True)]
     return xp.concat([B for B, _ in pairs], -1), xp.concat(scaled, 0)

@@ -16,23 +16,39 @@ from adapterops import casts
 from adapterops.casts import FORMATS
 from adapterops.errors import IncompatibleError, UsageError
 from adapterops.extras import Extra
-from adapterops.formats import diffusers, kohya, peft
+from adapterops.formats import cloneofsimo, diffusers, kohya, mlx, peft, xlabs
 from adapterops.formats.model import AdapterFile, Site
+from adapterops.formats.names import DIRECTORIES
 from adapterops.plan import Module, Plan
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a factor goes: the tensor's name, and how the file arranges it.
+
+    `transposed`: as (n, r) or (r, m). `expert` is (index, count) of a factor that shares its
+    tensor: stacked along the first axis, or every count-th column (`interleaved`).
+    """
+
+    name: str
+    transposed: bool = False
+    expert: tuple[int, int] | None = None
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """An output before any factor is computed.
 
-    `tensors` maps names to (dtype, shape), `roles` maps each module to its tensors' names by role,
-    `constants` holds the bytes that are known already (alphas), `files` the companion files.
+    `tensors` maps names to (dtype, shape), `roles` maps each module to its factors' slots by role,
+    `constants` holds the bytes that are known already (alphas), `files` the companion files,
+    `weights` the name of the weights file in a directory.
     """
 
     tensors: Tensors
-    roles: Mapping[str, Mapping[str, str]]
+    roles: Mapping[str, Mapping[str, Slot]]
     constants: Mapping[str, bytes]
     metadata: Mapping[str, str]
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -44,14 +60,15 @@ def output_path(out: str, dialect: str) -> tuple[str, bool, list[str]]:
     if not out or "\0" in out:
         raise UsageError(f"the output {out!r} is no file name")
     if out.lower().endswith(".safetensors"):
-        if dialect != "peft":
+        if dialect not in DIRECTORIES:
             return out, False, []
+        loaders = "PEFT, vLLM and SGLang need" if dialect == "peft" else "mlx-lm needs"
         note = (
-            "one file with the config in its header: adapterops reads it back; PEFT, vLLM and "
-            "SGLang need a directory (leave .safetensors off the output's name)"
+            f"one file with the config in its header: adapterops reads it back; {loaders} "
+            "a directory (leave .safetensors off the output's name)"
         )
         return out, False, [note]
-    if dialect == "peft":
+    if dialect in DIRECTORIES:
         if os.path.realpath(out) == os.path.realpath("."):
             raise UsageError(f"the output {out!r} is the current folder; name a new one")
         return out, True, []
@@ -60,89 +77,149 @@ def output_path(out: str, dialect: str) -> tuple[str, bool, list[str]]:
     return path, False, [f"{dialect} is one file: writing {path}"]
 
 
+def weights_name(dialect: str) -> str:
+    """The weights file in an output directory."""
+    return mlx.WEIGHTS if dialect == "mlx" else peft.WEIGHTS
+
+
 def plan_output(
     plan: Plan, rank: int, extras: Sequence[Extra], *, directory: bool, copy: bool
 ) -> Layout:
     """The layout of a result of one uniform rank and scale 1, or of a copy as it is."""
-    if plan.dialect == "peft":
-        return _peft(plan, rank, extras, directory, copy)
-    travelling = {extra.name: (extra.dtype, extra.shape) for extra in extras}
     if copy:
         tensors, roles = _copied_names(plan)
-        header = dict(_only_input(plan).metadata) or {"format": "pt"}
-        return Layout(tensors | travelling, roles, {}, header)
-    tensors, roles, constants = _new_names(plan, rank)
+        constants: dict[str, bytes] = {}
+    else:
+        tensors, roles, constants = _new_names(plan, rank)
+    tensors |= {extra.name: (extra.dtype, extra.shape) for extra in extras}
+    for delta in plan.deltas:
+        dtype = delta.parts[0].ref.dtype if copy else plan.dtype
+        tensors[delta.name] = (dtype, delta.shape)
+    if plan.dialect in DIRECTORIES:
+        if not copy:
+            _check_heads(plan, extras)
+        text = json.dumps(_config(plan, rank, extras, copy), indent=2, sort_keys=True)
+        if directory:
+            files = {peft.CONFIG: text.encode() + b"\n"}
+            return Layout(tensors, roles, constants, {"format": "pt"}, files)
+        metadata = {"format": "pt", diffusers.METADATA_KEY: text}
+        return Layout(tensors, roles, constants, metadata)
+    if copy:
+        return Layout(tensors, roles, {}, dict(_only_input(plan).metadata) or {"format": "pt"})
+    metadata, warnings = _metadata(plan, rank)
+    return Layout(tensors, roles, constants, metadata, warnings=tuple(warnings))
+
+
+def _metadata(plan: Plan, rank: int) -> tuple[dict[str, str], list[str]]:
+    """The header of a one-file dialect, and warnings about inputs that differ in it."""
     metadata: dict[str, str] = {"format": "pt"}
+    dialects = {module.dialect for module in plan.modules} or {plan.dialect}
     warnings: list[str] = []
-    if plan.dialect == "kohya":
+    if "kohya" in dialects:
         carried, differ = kohya.carried_metadata([file.metadata for file in plan.inputs])
-        metadata = {**metadata, **kohya.rewritten(carried, rank)}
+        metadata |= kohya.rewritten(carried, rank) if plan.modules else carried
         if differ:
             warnings.append(
                 f"the inputs differ in {', '.join(differ)}; the first input's values are kept"
             )
-        alpha = bytes(casts.stored_bytes(casts.store(np.array([float(rank)]), "F32")))
-        for stem in roles:
-            tensors[f"{stem}.alpha"] = ("F32", ())
-            constants[f"{stem}.alpha"] = alpha
-    elif set(_styles(plan).values()) <= {"peft"}:
-        config = diffusers.write_config(list(roles), rank, bias=bool(_biased(plan)))
+    if "cloneofsimo" in dialects:
+        metadata |= cloneofsimo.metadata([file.metadata for file in plan.inputs])
+        ranked = [module.stem for module in plan.modules if module.dialect == "cloneofsimo"]
+        metadata |= {f"{stem}:rank": str(rank) for stem in ranked}
+    if dialects == {"diffusers"} and set(_styles(plan).values()) <= {"peft"}:
+        stems = [module.stem for module in plan.modules]
+        config = diffusers.write_config(stems, rank, bias=bool(_biased(plan)))
         if config is not None:
             metadata[diffusers.METADATA_KEY] = config
-    return Layout(tensors | travelling, roles, constants, metadata, warnings=tuple(warnings))
+    return metadata, warnings
 
 
 def _only_input(plan: Plan) -> AdapterFile:
     """The input that a copy is a copy of."""
-    return plan.inputs[plan.modules[0].parts[0].input]
+    return plan.live[0]
 
 
-def _copied_names(plan: Plan) -> tuple[Tensors, dict[str, dict[str, str]]]:
+def _copied_names(plan: Plan) -> tuple[Tensors, dict[str, dict[str, Slot]]]:
+    """A copy's tensors: under PEFT's current names, else as they are called in the file."""
     tensors: Tensors = {}
-    roles: dict[str, dict[str, str]] = {}
+    roles: dict[str, dict[str, Slot]] = {}
+    whole = _only_input(plan).tensors
     for module in plan.modules:
         parts = module.parts[0].site.parts
-        roles[module.stem] = {role: ref.name for role, ref in parts.items()}
-        tensors.update({ref.name: (ref.dtype, ref.shape) for ref in parts.values()})
+        names = {role: ref.name for role, ref in parts.items()}
+        if plan.dialect == "peft":
+            current = peft.names(module.tensors, module.layer)
+            names = {role: current[role] for role in parts if role in current}
+        roles[module.stem] = {role: Slot(name) for role, name in names.items()}
+        for role, name in names.items():
+            ref = whole[parts[role].name]
+            tensors[name] = (ref.dtype, ref.shape)
     return tensors, roles
 
 
 def _new_names(
     plan: Plan, rank: int
-) -> tuple[Tensors, dict[str, dict[str, str]], dict[str, bytes]]:
-    """Tensors, their names by role, and the zeros that fill up `lora_B.bias`.
+) -> tuple[Tensors, dict[str, dict[str, Slot]], dict[str, bytes]]:
+    """Tensors, their slots by role, and what is known of them: alphas, zeros for `lora_B.bias`.
 
     PEFT's lora_bias is one flag for the whole adapter: if one module shifts its bias, each linear
     and convolution must have one.
     """
     tensors: Tensors = {}
-    roles: dict[str, dict[str, str]] = {}
-    zeros: dict[str, bytes] = {}
-    styles = _styles(plan) if plan.dialect == "diffusers" else {}
+    roles: dict[str, dict[str, Slot]] = {}
+    constants: dict[str, bytes] = {}
+    styles = _styles(plan)
     biased = _biased(plan)
+    alpha = bytes(casts.stored_bytes(casts.store(np.array([float(rank)]), "F32")))
     for module in plan.modules:
-        names = _module_names(plan, module, styles)
-        shape_b, shape_a = _factor_shapes(module, rank)
-        tensors[names["B"]] = (plan.dtype, shape_b)
-        tensors[names["A"]] = (plan.dtype, shape_a)
-        roles[module.stem] = {"B": names["B"], "A": names["A"]}
+        names = _module_names(module, styles)
+        roles[module.stem] = {}
+        shapes = dict(zip("BA", _factor_shapes(module, rank), strict=True))
+        for role, shape in shapes.items():
+            slot = _slot(module, role, names[role])
+            roles[module.stem][role] = slot
+            tensors[slot.name] = (plan.dtype, _stored_shape(slot, shape))
+        if module.dialect == "kohya":
+            tensors[names["alpha"]] = ("F32", ())
+            constants[names["alpha"]] = alpha
         if not biased or "bias" not in names:
             continue
         tensors[names["bias"]] = (plan.dtype, (module.shape[0],))
         if module.stem in biased:
-            roles[module.stem]["bias"] = names["bias"]
+            roles[module.stem]["bias"] = Slot(names["bias"])
         else:
-            zeros[names["bias"]] = bytes(module.shape[0] * FORMATS[plan.dtype].bits // 8)
-    return tensors, roles, zeros
+            constants[names["bias"]] = bytes(module.shape[0] * FORMATS[plan.dtype].bits // 8)
+    return tensors, roles, constants
 
 
-def _module_names(plan: Plan, module: Module, styles: Mapping[str, str]) -> dict[str, str]:
-    if plan.dialect == "peft":
-        return peft.names(module.stem, module.layer)
-    if plan.dialect == "kohya":
-        return kohya.names(module.stem)
-    style = styles.get(diffusers.component(module.stem), "peft")
-    return diffusers.names(module.stem, style)
+def _slot(module: Module, role: str, name: str) -> Slot:
+    if module.expert is None:
+        return Slot(name, transposed=module.dialect == "mlx")
+    return Slot(name, expert=module.expert, interleaved=module.dialect == "peft" and role == "B")
+
+
+def _stored_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The tensor's shape in the file, all experts' together."""
+    if slot.expert is None:
+        return shape[::-1] if slot.transposed else shape
+    count = slot.expert[1]
+    if slot.interleaved:
+        return (shape[0], shape[1] * count)
+    return (shape[0] * count, shape[1]) if slot.name.startswith(peft.PREFIX) else (count, *shape)
+
+
+def _module_names(module: Module, styles: Mapping[str, str]) -> dict[str, str]:
+    if module.dialect == "peft":
+        return peft.names(module.tensors, module.layer)
+    if module.dialect == "diffusers":
+        style = styles.get(diffusers.component(module.stem), "peft")
+        return diffusers.names(module.stem, style)
+    return {
+        "mlx": mlx.names,
+        "kohya": kohya.names,
+        "xlabs": xlabs.names,
+        "cloneofsimo": cloneofsimo.names,
+    }[module.dialect](module.tensors)
 
 
 def _biased(plan: Plan) -> set[str]:
@@ -177,32 +254,42 @@ def _styles(plan: Plan) -> dict[str, str]:
     return styles
 
 
-def _peft(plan: Plan, rank: int, extras: Sequence[Extra], directory: bool, copy: bool) -> Layout:
+def _config(plan: Plan, rank: int, extras: Sequence[Extra], copy: bool) -> dict[str, Any]:
+    """adapter_config.json of a PEFT or MLX output."""
+    base = next((file.base for file in plan.live if file.base), None)
+    stems = [module.stem for module in plan.modules]
+    sites = [module.parts[0].site for module in plan.modules]
+    if plan.dialect == "mlx":
+        configs = [file.config for file in plan.live if file.dialect == "mlx"]
+        config = mlx.write_config(configs, base, [module.tensors for module in plan.modules], rank)
+        if copy:
+            config["lora_parameters"]["scale"] = sites[0].scale
+        return config
     first = _only_input(plan) if copy else plan.inputs[0]
-    source = {**first.config, **_extras_config(plan.live)}
+    sizes = {module.tensors: (rank, float(rank)) for module in plan.modules}
     if copy:
-        tensors, roles, sizes = _copied_peft(plan)
-        constants: dict[str, bytes] = {}
-    else:
-        tensors, roles, constants = _new_names(plan, rank)
-        sizes = {module.stem: (rank, float(rank)) for module in plan.modules}
-        _check_heads(plan, extras)
+        sizes = {
+            module.tensors: (site.rank, site.alpha if site.alpha is not None else site.rank)
+            for module, site in zip(plan.modules, sites, strict=True)
+        }
+    owners = {site.owner for site in sites if site.owned}
+    targets = [stem for stem, site in zip(stems, sites, strict=True) if not site.owned]
+    configs = [] if plan.left_out else [file.config for file in plan.live]
     config = peft.write_config(
-        source,
-        next((file.base for file in plan.live if file.base), None),
+        {**first.config, **_extras_config(plan.live)},
+        base,
         sizes,
-        targets=_targets(plan, keep_extras=bool(extras)),
+        targets=peft.target_modules(targets, configs, keep_extras=bool(extras)) if targets else [],
         keep_extras=bool(extras),
         bias=bool(_biased(plan)),
     )
+    if owners:
+        config["target_parameters"] = peft.target_parameters(
+            [file.config for file in plan.live], owners
+        )
     if copy:
-        config["use_rslora"] = any(_is_stabilised(module.parts[0].site) for module in plan.modules)
-    tensors.update({extra.name: (extra.dtype, extra.shape) for extra in extras})
-    text = json.dumps(config, indent=2, sort_keys=True)
-    metadata = {"format": "pt"}
-    if not directory:
-        return Layout(tensors, roles, constants, {**metadata, diffusers.METADATA_KEY: text})
-    return Layout(tensors, roles, constants, metadata, {peft.CONFIG: text.encode() + b"\n"})
+        config["use_rslora"] = any(_is_stabilised(site) for site in sites)
+    return config
 
 
 def _check_heads(plan: Plan, extras: Sequence[Extra]) -> None:
@@ -218,23 +305,6 @@ def _check_heads(plan: Plan, extras: Sequence[Extra]) -> None:
                 module=module.stem,
                 hint="choose --extras drop, or leave the module out with --modules",
             )
-
-
-def _copied_peft(
-    plan: Plan,
-) -> tuple[Tensors, dict[str, dict[str, str]], dict[str, tuple[int, float]]]:
-    """A copy's tensors under PEFT's current names, with each module's own rank and alpha."""
-    tensors: Tensors = {}
-    roles: dict[str, dict[str, str]] = {}
-    sizes: dict[str, tuple[int, float]] = {}
-    for module in plan.modules:
-        site = module.parts[0].site
-        names = peft.names(module.stem, module.layer)
-        roles[module.stem] = {role: names[role] for role in site.parts if role in names}
-        for role, name in roles[module.stem].items():
-            tensors[name] = (site.parts[role].dtype, site.parts[role].shape)
-        sizes[module.stem] = (site.rank, site.alpha if site.alpha is not None else site.rank)
-    return tensors, roles, sizes
 
 
 def _extras_config(files: Sequence[AdapterFile]) -> dict[str, Any]:
@@ -266,12 +336,6 @@ def _is_stabilised(site: Site) -> bool:
     if site.alpha is None or site.rank < 2:
         return False
     return not math.isclose(site.scale, site.alpha / site.rank, rel_tol=1e-9)
-
-
-def _targets(plan: Plan, *, keep_extras: bool) -> list[str] | str:
-    stems = [module.stem for module in plan.modules]
-    configs = [] if plan.left_out else [file.config for file in plan.live]
-    return peft.target_modules(stems, configs, keep_extras=keep_extras)
 
 
 def sidecar_name(path: Path) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from adapterops import kernels
+from adapterops.certificate import Figures
+from adapterops.dense import DensePiece, summed
+from adapterops.dense import peak as dense_peak
 from adapterops.kernels import Piece
 from adapterops.linalg import Spectrum
 from adapterops.plan import Module, Plan
@@ -21,7 +25,7 @@ _HASH_BYTES = 4 << 20
 
 def spectra(plan: Plan, on: Compute, progress: Progress | None) -> list[Spectrum]:
     """Singular values of every module's exact sum."""
-    jobs = _jobs(plan, kernels.spectra, (), 0, on)
+    jobs = _jobs(plan, kernels.spectra, (on.device,), 0, on)
     return list(_watched(run(jobs, on), plan, "singular values", progress))
 
 
@@ -29,17 +33,24 @@ def pieces(
     plan: Plan, rank: int, on: Compute, progress: Progress | None
 ) -> Generator[Piece, None, None]:
     """Every module's sum at one rank, stored and measured."""
-    jobs = _jobs(plan, kernels.factors, (rank, plan.dtype), rank, on)
+    jobs = _jobs(plan, kernels.factors, (rank, plan.dtype, on.device), rank, on)
     return _watched(run(jobs, on), plan, "merging", progress)
 
 
-def copies(plan: Plan, on: Compute, progress: Progress | None) -> Generator[Piece, None, None]:
-    """The only input's tensors as they are."""
-    jobs = (
-        Job(module.stem, kernels.copies, ((module,),), kernels.peak([module], 1))
-        for module in plan.modules
-    )
+def measures(
+    plan: Plan, on: Compute, progress: Progress | None
+) -> Generator[tuple[str, Figures], None, None]:
+    """Every module's figures where its only factor pair is copied."""
+    jobs = _jobs(plan, kernels.measures, (), 1, replace(on, device="cpu"))
     return _watched(run(jobs, on), plan, "copying", progress)
+
+
+def dense(plan: Plan, on: Compute) -> Generator[DensePiece, None, None]:
+    """Every full delta, summed and stored."""
+    jobs = (
+        Job(delta.name, summed, (delta, plan.dtype), dense_peak(delta)) for delta in plan.deltas
+    )
+    return run(jobs, on)
 
 
 def sha256s(plan: Plan, on: Compute) -> list[str]:
@@ -53,17 +64,21 @@ def _jobs(
 ) -> Iterator[Job[list[Any]]]:
     """One job per module on the CPU, one per batch of equal modules on a device.
 
-    How modules are batched depends on their shapes alone, so the result does not depend on memory.
+    Experts that share their tensors share a job, which reads these once. How modules are batched
+    depends on their shapes alone, so the result does not depend on memory.
     """
     groups: dict[Any, list[Module]] = defaultdict(list)
     for position, module in enumerate(plan.modules):
         alike = (module.shape, tuple(part.site.rank for part in module.parts))
-        groups[position if on.device == "cpu" else alike].append(module)
+        if on.device == "cpu":
+            groups[(module.tensors, *alike) if module.expert else position].append(module)
+        else:
+            groups[alike].append(module)
     for members in groups.values():
         count = max(1, _BATCH_BYTES // max(1, kernels.peak(members[:1], rank)))
         for start in range(0, len(members), count):
             batch = tuple(members[start : start + count])
-            yield Job(batch[0].stem, kernel, (batch, *args, on.device), kernels.peak(batch, rank))
+            yield Job(batch[0].stem, kernel, (batch, *args), kernels.peak(batch, rank))
 
 
 def _watched(

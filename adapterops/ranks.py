@@ -64,7 +64,7 @@ def tails(spectra: Sequence[Spectrum]) -> np.ndarray[Any, Any]:
 
 def lossless(spectra: Sequence[Spectrum]) -> int:
     """The smallest uniform rank that cuts off nothing but rounding noise."""
-    return max(1, *(spectrum.rank for spectrum in spectra))
+    return max((1, *(spectrum.rank for spectrum in spectra)))
 
 
 def smallest(tail: np.ndarray[Any, Any], limit: float) -> int:
@@ -72,6 +72,6 @@ def smallest(tail: np.ndarray[Any, Any], limit: float) -> int:
     return max(1, int(np.argmax(tail <= limit * (1 + 1e-12))))
 
 
-def for_energy(tail: np.ndarray[Any, Any], energy: float) -> int:
-    """The smallest k that keeps this share of Σσ²: the error it means is √(1 − energy)."""
-    return smallest(tail, math.sqrt(max(1.0 - energy, 0.0)) * float(tail[0]))
+def for_energy(tail: np.ndarray[Any, Any], energy: float, whole: float) -> int:
+    """The smallest k that keeps this share of `whole`²: the error it means is √(1 − energy)."""
+    return smallest(tail, math.sqrt(max(1.0 - energy, 0.0)) * whole)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from adapterops import passes, ranks
+from adapterops.align import align
 from adapterops.casts import FORMATS, format_name
 from adapterops.certificate import Figures, PlanReport, RankHint, Report, total
 from adapterops.certify import certify
@@ -40,10 +41,12 @@ from adapterops.files.output import (
 from adapterops.files.writer import TensorWriter
 from adapterops.formats import kohya, peft
 from adapterops.formats.model import AdapterFile
-from adapterops.layout import Layout, output_path, plan_output, sidecar_name
+from adapterops.formats.names import DIRECTORIES
+from adapterops.layout import Layout, output_path, plan_output, sidecar_name, weights_name
 from adapterops.linalg import Spectrum
 from adapterops.options import compute, parse_size
-from adapterops.plan import Plan, align
+from adapterops.placement import Placement
+from adapterops.plan import Plan
 from adapterops.provenance import Origin, Provenance, file_sha256, given_alphas, labels
 from adapterops.ranks import Ranks
 from adapterops.stream import Compute
@@ -135,38 +138,43 @@ def _save(
         return form, layout(form.tensors), {**form.metadata, PROVENANCE_KEY: provenance.to_json()}
 
     spectra: list[Spectrum] = []
-    rank = plan.input_rank
+    rank, whole = plan.input_rank, 0.0
     if not copy:
         if options.ranks.needs_spectra:
             spectra = passes.spectra(plan, on, options.progress)
+            dense = [delta.figures for delta in passes.dense(plan, on)]
+            known: list[Spectrum | Figures] = [*spectra, *dense]
+            whole = total([each.norm for each in known])
             _check_cancellation(
-                total([s.norm for s in spectra]),
-                total([s.floor for s in spectra]),
-                any(s.beta > 0 for s in spectra),
+                whole, total([each.floor for each in known]), any(each.beta > 0 for each in known)
             )
         rank = choose_rank(
             plan,
             options.ranks,
             spectra,
+            whole,
             lambda k: _file_size(*form_at(k)[1:]),
-            lambda k: [p.figures for p in passes.pieces(plan, k, on, options.progress)],
+            lambda k: [
+                *dense,
+                *(piece.figures for piece in passes.pieces(plan, k, on, options.progress)),
+            ],
         )
     form, entries, metadata = form_at(rank)
     size = _file_size(entries, metadata)
     warnings = [*plan.warnings, *form.warnings, *left]
     if options.strict and warnings:
         raise IncompatibleError(f"--strict: {warnings[0]}")
-    hints = _hints(plan, spectra, rank)
+    hints = _hints(plan, spectra, whole, rank)
     described = extras_by_name(extras, dropped)
     if options.dry_run:
         planned = _planned(plan, out, size, rank, described)
         return replace(planned, hints=hints, notes=tuple(notes), warnings=tuple(warnings))
 
     with stage(out, directory=directory, overwrite=options.overwrite) as target:
-        name = peft.WEIGHTS if directory else target.final.name
+        name = weights_name(plan.dialect) if directory else target.final.name
         writer = target.tensors(name, entries, size - _data_size(entries))
-        figures = _write(plan, form, extras, writer, copy, rank, on, options)
-        report = certify(plan, figures, rank, provenance)
+        figures, dense = _write(plan, form, extras, writer, copy, rank, on, options)
+        report = certify(plan, figures, dense, rank, provenance)
         report = replace(
             report,
             output=out,
@@ -177,10 +185,10 @@ def _save(
             notes=(*notes, *measured_notes(plan, report, copy)),
             warnings=tuple(warnings),
         )
-        _check_promises(report, figures, options)
+        _check_promises(report, [*figures, *dense], options)
         for file in inputs:
             file.source.check_unchanged()
-        if plan.dialect == "kohya":
+        if any(module.dialect == "kohya" for module in plan.modules):
             digest, start = writer.data_sha256()
             metadata.update(kohya.model_hashes(entries, metadata, digest, start))
         writer.finish(metadata)
@@ -225,15 +233,17 @@ def _is_copy(plan: Plan, options: Options) -> bool:
         options.ranks == Ranks()
         and options.dtype == "keep"
         and plan.dialect == plan.inputs[0].dialect
-        and len({part.input for module in plan.modules for part in module.parts}) == 1
         and all(
-            len(module.parts) == 1 and module.parts[0].coefficient == module.parts[0].site.scale
+            len(module.parts) == 1
+            and module.parts[0].coefficient == module.parts[0].site.scale
+            and module.parts[0].site.kind == "lora"
             for module in plan.modules
         )
+        and not any(delta.factors for delta in plan.deltas)
         and [weight for weight in plan.weights if weight] == [1.0]
         and all(module.columns for module in plan.modules)
         and not any(
-            part.site.alpha_given and plan.dialect != "peft"
+            part.site.alpha_given and part.site.dialect not in DIRECTORIES
             for module in plan.modules
             for part in module.parts
         )
@@ -281,39 +291,62 @@ def _write(
     rank: int,
     on: Compute,
     options: Options,
-) -> list[Figures]:
-    """Stream every tensor to its place; what is kept are each module's figures."""
+) -> tuple[list[Figures], list[Figures]]:
+    """Stream every tensor to its place; what is kept are figures, of modules and of full deltas."""
     for extra in extras:
         writer.put(extra.name, extra.read())
     for name, data in form.constants.items():
         writer.put(name, data)
     if copy:
-        results = passes.copies(plan, on, options.progress)
-        for module in plan.modules:
-            if "alpha" in form.roles[module.stem]:
-                name = form.roles[module.stem]["alpha"]
-                writer.put(name, module.parts[0].site.parts["alpha"].raw().data)
-    else:
-        results = passes.pieces(plan, rank, on, options.progress)
+        return _write_copy(plan, form, writer, on, options)
+    dense: list[Figures] = []
+    with closing(passes.dense(plan, on)) as sums:
+        for delta in sums:
+            writer.put(delta.name, delta.data)
+            dense.append(delta.figures)
+    place = Placement(writer, form)
+    rows = {module.stem: module.shape[0] for module in plan.modules}
     figures: dict[str, Figures] = {}
-    with closing(results):
+    with closing(passes.pieces(plan, rank, on, options.progress)) as results:
         for piece in results:
-            names = form.roles[piece.stem]
-            writer.put(names["B"], piece.B)
-            writer.put(names["A"], piece.A)
+            slots = form.roles[piece.stem]
+            place.put(slots, "B", piece.B, rows[piece.stem])
+            place.put(slots, "A", piece.A, rank)
             if piece.bias is not None:
-                writer.put(names["bias"], piece.bias)
+                place.put(slots, "bias", piece.bias, 1)
             figures[piece.stem] = piece.figures
-    return [figures[module.stem] for module in plan.modules]
+    return [figures[module.stem] for module in plan.modules], dense
 
 
-def _hints(plan: Plan, spectra: Sequence[Spectrum], rank: int) -> tuple[RankHint, ...]:
+def _write_copy(
+    plan: Plan, form: Layout, writer: TensorWriter, on: Compute, options: Options
+) -> tuple[list[Figures], list[Figures]]:
+    """The tensors of the only input as they are, each once, and the figures of its modules."""
+    source = plan.live[0].tensors
+    sources = {
+        slot.name: source[module.parts[0].site.parts[role].name]
+        for module in plan.modules
+        for role, slot in form.roles[module.stem].items()
+    }
+    sources |= {delta.name: delta.parts[0].ref for delta in plan.deltas}
+    for name, ref in sources.items():
+        writer.put(name, ref.raw().data)
+    with closing(passes.dense(plan, on)) as sums:
+        dense = [replace(delta.figures, storage=0.0, total=0.0) for delta in sums]
+    with closing(passes.measures(plan, on, options.progress)) as results:
+        figures = dict(results)
+    return [figures[module.stem] for module in plan.modules], dense
+
+
+def _hints(
+    plan: Plan, spectra: Sequence[Spectrum], whole: float, rank: int
+) -> tuple[RankHint, ...]:
     """What each smaller standard rank would cost, where the singular values are known."""
     if not spectra:
         return ()
     tail = ranks.tails(spectra)
     smaller = {r for r in (*ranks.STANDARD, plan.input_rank) if r < min(rank, len(tail))}
-    return tuple(RankHint(r, float(tail[r] / tail[0]) if tail[0] else 0.0) for r in sorted(smaller))
+    return tuple(RankHint(r, float(tail[r]) / whole if whole else 0.0) for r in sorted(smaller))
 
 
 def _check_promises(report: Report, figures: Sequence[Figures], options: Options) -> None:

@@ -280,7 +280,13 @@ REFUSED = (
     _config("MonteCLoRA", "this is MonteCLoRA", monteclora_config={"n": 2}),
     _config("VeLoRA", "this is VeLoRA", velora_config={"n": 2}),
     _config("layer replication", "layer replication", layer_replication=[[0, 2], [1, 3]]),
-    _config("target_parameters", "target_parameters", target_parameters=["mlp.experts.w"]),
+    Refusal(
+        "peft",
+        "target_parameters whose r does not divide the rows",
+        IncompatibleError,
+        "ambiguous",
+        {"r": 3, "target_parameters": ["q_proj.weight"]},
+    ),
     Refusal(
         "peft",
         "target_parameters, two on one module, without config",
@@ -289,22 +295,19 @@ REFUSED = (
         None,
         {f"{_M}.base_layer.lora_A.weight": (4, 8), f"{_M}.base_layer.lora_B.weight": (8, 4)},
     ),
-    _config("MergedLinear (enable_lora)", "old MergedLinear", enable_lora=[True, False, True]),
     Refusal(
         "peft",
-        "MergedLinear by its shapes",
+        "MergedLinear without enable_lora",
         UnsupportedError,
-        "MergedLinear",
+        "enable_lora",
         tensors={f"{_M}.lora_A.weight": (8, 6), f"{_M}.lora_B.weight": (16, 4, 1)},
         pair=False,
     ),
     *(
         _config(kind, f"this is a {kind} adapter", peft_type=kind)
-        for kind in ("LOHA", "LOKR", "ADALORA", "PREFIX_TUNING", "PROMPT_TUNING", "IA3", "OFT")
+        for kind in ("PREFIX_TUNING", "PROMPT_TUNING", "IA3", "OFT", "HRA", "VERA")
     ),
-    _named("peft", "LoHa without config", "LoHa", f"{_M}.hada_w1_a", f"{_M}.hada_w1_b"),
-    _named("peft", "LoKr without config", "LoKr", f"{_M}.lokr_w1", f"{_M}.lokr_w2"),
-    _named("peft", "AdaLoRA by name", "AdaLoRA", f"{_M}.lora_A", f"{_M}.lora_B", f"{_M}.lora_E"),
+    Refusal("peft", "AdaLoRA without lora_E", FormatError, "lora_E", {"peft_type": "ADALORA"}),
     _named("peft", "prompt tuning by name", "prompt tuning", "prompt_embeddings"),
     _named("peft", "(IA)³ by name", "(IA)³", f"{_M}.ia3_l"),
     _named("peft", "unknown suffix", "unknown LoRA variant", f"{_M}.lora_C.weight"),
@@ -364,30 +367,36 @@ REFUSED = (
         "this is DoRA",
         tensors={f"{_U}.dora_scale": (8, 1)},
     ),
-    _named("kohya", "LoHa", "LoHa", f"{_U}.hada_w1_a", f"{_U}.hada_w1_b", f"{_U}.hada_w2_a"),
-    _named("kohya", "LoKr", "LoKr", f"{_U}.lokr_w1", f"{_U}.lokr_w2"),
+    Refusal(
+        "kohya",
+        "half a LoHa",
+        FormatError,
+        "no adapter of a known kind",
+        tensors={f"{_U}.hada_w1_a": (4, 4), f"{_U}.hada_w1_b": (4, 4)},
+        pair=False,
+    ),
     _named("kohya", "OFT", "OFT/BOFT", f"{_U}.oft_blocks"),
     _named("kohya", "GLoRA", "GLoRA", f"{_U}.a1.weight"),
     Refusal(
         "kohya",
-        "CP/Tucker LoCon",
-        UnsupportedError,
-        "lora_mid",
-        tensors={f"{_U}.lora_mid.weight": (4, 4, 3, 3)},
+        "factors and a full delta of one weight",
+        FormatError,
+        "apply only one",
+        tensors={f"{_U}.diff": (8, 6)},
     ),
     Refusal(
         "kohya",
-        "full delta",
+        "sparse bias",
         UnsupportedError,
-        "not low-rank",
-        tensors={"lora_unet_norm.diff": (8,)},
+        "sparse residual",
+        tensors={f"{_U}.bias_values": (8,)},
     ),
     Refusal(
         "kohya",
         "unknown tensor of an adapted module",
         UnsupportedError,
         "no known kind",
-        tensors={f"{_U}.bias_values": (8,)},
+        tensors={f"{_U}.surprise": (8,)},
     ),
     Refusal(
         "kohya",
@@ -401,7 +410,7 @@ REFUSED = (
         "kohya",
         "alpha of no pair",
         FormatError,
-        "belongs to no pair",
+        "belongs to no factors",
         tensors={"lora_unet_other.alpha": ()},
     ),
     Refusal(
@@ -411,25 +420,7 @@ REFUSED = (
         "relative to a base",
         {"unet.init_lora_weights": "pissa"},
     ),
-    _named(
-        "diffusers",
-        "XLabs",
-        "XLabs",
-        "double_blocks.0.processor.qkv_lora1.down.weight",
-        "double_blocks.0.processor.qkv_lora1.up.weight",
-    ),
-    _named("mlx", "MLX", "MLX", "model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"),
-    _named("cloneofsimo", "cloneofsimo", "cloneofsimo", "unet:0:up", "unet:0:down"),
 )
-
-CORPUS_REFUSED: Mapping[str, tuple[type[AdapterOpsError], str]] = {
-    "cloneofsimo__lora/analog_svd_rank4.safetensors": (UnsupportedError, "cloneofsimo"),
-    "cloneofsimo__lora/lora_disney_inpainting.safetensors": (UnsupportedError, "cloneofsimo"),
-    "cloneofsimo__lora/lora_pop.pt": (UnsupportedError, "holds a list"),
-    "wujindou__BLOOM-LORA/adapter_model.bin": (UnsupportedError, "MergedLinear"),
-    "wyek1n__MLX-CLI/0000100/adapters.safetensors": (UnsupportedError, "MLX"),
-    "wyek1n__MLX-CLI/0000200/adapters.safetensors": (UnsupportedError, "MLX"),
-}
 
 
 def table() -> str:

@@ -43,7 +43,7 @@ _RANK_OPTIONS = ("-r", "--rank", "--energy", "--max-error", "--size")
 )
 @click.option(
     "--to",
-    type=click.Choice(["peft", "kohya", "diffusers"]),
+    type=click.Choice(["peft", "kohya", "diffusers", "mlx"]),
     help="Dialect to write; default the first input's.",
 )
 @click.option("--alpha", multiple=True, metavar="X|PATH=X", help="For inputs that lack a scale.")

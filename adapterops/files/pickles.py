@@ -62,10 +62,12 @@ def _load(path: str) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds; none may be retried unsafely
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsafeFileError(f"not a plain archive of tensors ({reason})", path=path) from None
+    if isinstance(content, list):
+        content = _named_pairs(content, torch)
     if not isinstance(content, dict):
         raise UnsupportedError(
-            f"the pickle holds a {type(content).__name__}, not a dictionary of named tensors; "
-            "its tensors cannot be told apart without names",
+            f"the pickle holds a {type(content).__name__}, not a dictionary of named tensors or a "
+            "list of pairs; its tensors cannot be told apart",
             path=path,
         )
     wrong = [key for key, value in content.items() if not _is_named_tensor(key, value, torch)]
@@ -79,6 +81,24 @@ def _load(path: str) -> dict[str, Any]:
             f"its tensors claim {claimed} bytes, more than the file has", path=path
         )
     return content
+
+
+def _named_pairs(items: list[Any], torch: Any) -> dict[str, Any] | list[Any]:
+    """cloneofsimo's first format is a bare list: up and down of each module in turn.
+
+    Which modules these are follows from the order in which one version of that tool walked one
+    model; the pairs are numbered, and nothing more is claimed.
+    """
+    if len(items) % 2 or not items or not all(isinstance(item, torch.Tensor) for item in items):
+        return items
+    ups, downs = items[::2], items[1::2]
+    if any(
+        up.dim() < 2 or down.dim() < 2 or up.shape[1] != down.shape[0]
+        for up, down in zip(ups, downs, strict=True)
+    ):
+        return items
+    pairs = {f"list:{index}:up": up for index, up in enumerate(ups)}
+    return {**pairs, **{f"list:{index}:down": down for index, down in enumerate(downs)}}
 
 
 def _is_named_tensor(key: Any, value: Any, torch: Any) -> bool:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from adapterops.errors import AdapterOpsError, FormatError
 from adapterops.files.source import LocalFile, Source, read_header
-from adapterops.formats import diffusers, peft
-from adapterops.formats.group import dialect_of, group, make_sites, not_an_adapter, style_of
+from adapterops.formats import diffusers, mlx, peft
+from adapterops.formats.group import (
+    Tensors,
+    dialect_of,
+    group,
+    not_an_adapter,
+    style_of,
+    unclaimed,
+)
 from adapterops.formats.locate import (
     Located,
     locate,
@@ -17,6 +25,7 @@ from adapterops.formats.locate import (
 )
 from adapterops.formats.model import AdapterFile, Ref, Site
 from adapterops.formats.scale import ScaleFinder
+from adapterops.formats.sites import make_sites
 
 
 def open_adapter_file(
@@ -30,47 +39,111 @@ def open_adapter_file(
 
     `alpha` serves modules that have no scale anywhere, all modules if `alpha_wins`.
     Raises FileError, FormatError, IncompatibleError (no scale, or two that disagree) and
-    UnsupportedError (a kind that is no plain LoRA).
+    UnsupportedError (a kind that has no low-rank delta).
+    """
+    file = read_adapter(path, alpha=alpha, alpha_wins=alpha_wins, allow_pickle=allow_pickle)
+    for problem in file.problems:
+        raise problem
+    return file
+
+
+def read_adapter(
+    path: str | os.PathLike[str],
+    *,
+    alpha: float | None = None,
+    alpha_wins: bool = False,
+    allow_pickle: bool = False,
+) -> AdapterFile:
+    """`open_adapter_file` for looking: what keeps it from being summed is listed in `problems`.
+
+    A module with a problem of its own is left out; one without a scale has NaN. Raises FileError
+    and FormatError for what is missing, unreadable or no adapter at all.
     """
     place = locate(path)
     refs, metadata = _open_tensors(place, allow_pickle)
-    grouped, spellings, rest = group(refs, place.weights)
+    tensors = group(refs, place.weights)
+    problems = tensors.problems
     config, embedded = _configs(place, metadata)
+    dialects = {
+        stem: dialect_of(stem, module.spelling, config) for stem, module in tensors.groups.items()
+    }
     shared = bool(place.shared_config and config)
-    if shared and (embedded or not _belongs(config, grouped, spellings, place)):
+    if shared and (embedded or not _belongs(config, tensors, dialects, place)):
         config, shared = {}, False  # of another file in the same folder
     for text, where in ((config, place.config), (embedded, place.weights)):
-        for part in ("", *diffusers.COMPONENTS):
-            peft.check_supported(diffusers.component_config(text, part), where or place.weights)
-    if not grouped:
+        for part in ("", *diffusers.COMPONENTS) if text else ():
+            problems += _collected(
+                peft.check_supported, diffusers.component_config(text, part), where
+            )
+    if not tensors.groups and not tensors.deltas and not problems:
         raise not_an_adapter(refs, place.weights)
-    dialect = dialect_of(grouped, spellings, config, place.weights)
-    sites, extras = make_sites(grouped, spellings, rest, dialect, place.weights)
-    resolver = ScaleFinder(os.fspath(path), dialect, metadata, alpha, alpha_wins)
+    sites, wrong = make_sites(tensors.groups, dialects, config or embedded, place.weights)
+    problems += wrong
+    problems += unclaimed(tensors, dialects, place.weights)
+    problems += _doubled(sites, tensors.deltas, place.weights)
+    finder = ScaleFinder(os.fspath(path), metadata, alpha, alpha_wins)
     if config and place.config:
-        resolver.add_config(config, place.config)
+        problems += _collected(finder.add_config, config, place.config)
     if embedded:
-        resolver.add_config(embedded, f"the header's {diffusers.METADATA_KEY}")
-    sites = {stem: resolver.scaled(site) for stem, site in sites.items()}
+        where = f"the header's {diffusers.METADATA_KEY}"
+        problems += _collected(finder.add_config, embedded, where)
+    for stem, site in sites.items():
+        try:
+            sites[stem] = finder.scaled(site)
+        except AdapterOpsError as problem:
+            problems.append(problem)
     if shared:
-        resolver.notes.append(f"{place.weights}: its config is taken to be {place.config}")
+        finder.notes.append(f"{place.weights}: its config is taken to be {place.config}")
     config_file = place.config if config else None
     config = config or embedded
     return AdapterFile(
         path=os.fspath(path),
         source=next(iter(refs.values())).source,
-        dialect=dialect,
+        dialect=_common(site.dialect for site in sites.values()) or "kohya",
         sites=sites,
-        extras=extras,
+        extras=tensors.rest,
+        tensors=refs,
+        deltas=tensors.deltas,
         config=config,
         metadata=metadata,
-        style=style_of(spellings, dialect),
+        style=style_of(tensors.groups, dialects),
         base=_base(config, metadata),
-        notes=(*place.notes, *dict.fromkeys(resolver.notes)),
+        notes=(*place.notes, *dict.fromkeys(finder.notes)),
         weights_file=place.weights,
         config_file=config_file,
         side_files=place.side_files,
+        problems=tuple(problems),
     )
+
+
+def _collected(check: Callable[..., None], *arguments: Any) -> list[AdapterOpsError]:
+    """What `check` raises, as a list."""
+    try:
+        check(*arguments)
+    except AdapterOpsError as problem:
+        return [problem]
+    return []
+
+
+def _common(dialects: Iterable[str]) -> str | None:
+    """The dialect of all modules, "mixed" where they differ."""
+    found = set(dialects)
+    return "mixed" if len(found) > 1 else next(iter(found), None)
+
+
+def _doubled(
+    sites: Mapping[str, Site], deltas: Mapping[str, Ref], path: str
+) -> list[AdapterOpsError]:
+    """Modules changed by factors and by a dense delta at once: loaders apply one of the two."""
+    return [
+        FormatError(
+            f"has factors and a full delta ({name!r}), of which loaders apply only one",
+            path=path,
+            module=name.removesuffix(".diff"),
+        )
+        for name in deltas
+        if name.endswith(".diff") and name.removesuffix(".diff") in sites
+    ]
 
 
 def _open_tensors(place: Located, allow_pickle: bool) -> tuple[dict[str, Ref], Mapping[str, str]]:
@@ -106,16 +179,22 @@ def _configs(place: Located, metadata: Mapping[str, str]) -> tuple[dict[str, Any
 
 
 def _belongs(
-    config: Mapping[str, Any],
-    grouped: Mapping[str, Mapping[str, Ref]],
-    spellings: Mapping[str, str],
-    place: Located,
+    config: Mapping[str, Any], tensors: Tensors, dialects: Mapping[str, str], place: Located
 ) -> bool:
-    """Whether a config that lies in the same folder is about this file: PEFT names, its ranks."""
-    if not {"peft", "embedding"}.issuperset(spellings.values()):
+    """Whether a config that lies in the same folder is about this file: its dialect, its ranks."""
+    spellings = {module.spelling for module in tensors.groups.values()}
+    if spellings == {"mlx"}:
+        return bool(mlx.parameters(config))
+    if not {"peft", "embedding", "lycoris"}.issuperset(spellings):
         return False
+    if "lycoris" in spellings or config.get("target_parameters"):
+        return set(dialects.values()) == {"peft"}
     scales = peft.Scales(config, place.config or "")
-    ranks = {stem: parts["A"].shape[:1] for stem, parts in grouped.items() if "A" in parts}
+    ranks = {
+        stem: module.parts["A"].shape[:1]
+        for stem, module in tensors.groups.items()
+        if "A" in module.parts
+    }
     return all(
         scales.rank(peft.module_path(stem), rank[0]) in (None, rank[0])
         for stem, rank in ranks.items()
@@ -124,8 +203,9 @@ def _belongs(
 
 
 def _base(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str | None:
-    base = config.get("base_model_name_or_path") or metadata.get("ss_sd_model_name")
+    base = config.get("base_model_name_or_path") or config.get("model")
+    base = base or metadata.get("ss_sd_model_name")
     return str(base) if base else None
 
 
-__all__ = ["AdapterFile", "Ref", "Site", "open_adapter_file"]
+__all__ = ["AdapterFile", "Ref", "Site", "open_adapter_file", "read_adapter"]

@@ -1,64 +1,99 @@
-"""From tensor names to sites: which tensors make a module, and in which dialect they are named."""
+"""From tensor names to modules: which tensors belong together, in which dialect they are named.
+
+The grammar decides for every module on its own, never one key for the whole file: there are mixed
+files.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from adapterops import casts
-from adapterops.errors import FormatError, UnsupportedError
+from adapterops.errors import AdapterOpsError, FormatError, UnsupportedError
 from adapterops.formats import diffusers, grammar, peft
-from adapterops.formats.model import Layer, Ref, Site
+from adapterops.formats.model import Ref
 
 
-def group(
-    refs: Mapping[str, Ref], path: str
-) -> tuple[dict[str, dict[str, Ref]], dict[str, str], dict[str, Ref]]:
-    """Tensors by stem and role, the spelling of each stem, and what is no part of a delta."""
-    grouped: dict[str, dict[str, Ref]] = {}
-    spellings: dict[str, str] = {}
-    rest: dict[str, Ref] = {}
-    alphas: dict[str, Ref] = {}
+@dataclass(slots=True)
+class Group:
+    """The tensors of one module by role, and the family of suffixes that named them."""
+
+    parts: dict[str, Ref] = field(default_factory=dict)
+    spelling: str = ""
+
+
+@dataclass(slots=True)
+class Tensors:
+    """A file's tensors: modules by stem, dense deltas, all others, and what is wrong with them."""
+
+    groups: dict[str, Group] = field(default_factory=dict)
+    deltas: dict[str, Ref] = field(default_factory=dict)
+    rest: dict[str, Ref] = field(default_factory=dict)
+    problems: list[AdapterOpsError] = field(default_factory=list)
+
+
+def group(refs: Mapping[str, Ref], path: str) -> Tensors:
+    """Sort a file's tensors by what their names say."""
+    result = Tensors()
+    tentative: list[tuple[grammar.Key, Ref]] = []
     adapters: dict[str, str] = {}
     for name, ref in refs.items():
         key = grammar.parse(name)
         if key is None:
-            grammar.refuse_variant(name, path)
-            rest[name] = ref
-        elif key.role == "alpha":
-            alphas[key.stem] = ref
+            _file_away(name, ref, path, result)
+        elif key.role in grammar.TENTATIVE:
+            tentative.append((key, ref))
         else:
-            parts = grouped.setdefault(key.stem, {})
-            if key.role in parts:
-                raise FormatError(
-                    f"{parts[key.role].name!r} and {name!r} are both the {key.role} of one module",
-                    path=path,
-                    module=key.stem,
+            module = result.groups.setdefault(key.stem, Group())
+            if key.role in module.parts:
+                text = f"{module.parts[key.role].name!r} and {name!r} are both the {key.role}"
+                result.problems.append(
+                    FormatError(f"{text} of one module", path=path, module=key.stem)
                 )
-            parts[key.role] = ref
+                continue
+            module.parts[key.role] = ref
             adapters.setdefault(key.adapter, name)
-            if key.role != "bias":
-                spellings[key.stem] = key.spelling
+            if key.spelling and key.role != "bias":
+                module.spelling = key.spelling
     if len(adapters) > 1:
-        raise FormatError(
-            f"holds tensors of several adapters: {' and '.join(map(repr, adapters.values()))}",
-            path=path,
+        shown = " and ".join(map(repr, adapters.values()))
+        result.problems.append(
+            FormatError(f"holds tensors of several adapters: {shown}", path=path)
         )
-    for stem, ref in alphas.items():
-        owner = stem if stem in grouped else _processor_stem(stem, grouped)
-        if owner is None and stem.startswith(peft.PREFIX):
-            rest[ref.name] = ref  # a parameter of a saved head that happens to be called alpha
-            continue
-        if owner is None:
-            raise FormatError(f"{ref.name!r} belongs to no pair of factors in this file", path=path)
-        grouped[owner]["alpha"] = ref
-    return grouped, spellings, rest
+    for key, ref in tentative:
+        _attach(key, ref, path, result)
+    return result
 
 
-def _processor_stem(stem: str, grouped: Mapping[str, Any]) -> str | None:
+def _file_away(name: str, ref: Ref, path: str, result: Tensors) -> None:
+    problem = grammar.refused(name, path)
+    if problem:
+        result.problems.append(problem)
+    elif grammar.is_delta(name) and not name.startswith(peft.PREFIX):
+        result.deltas[name] = ref
+    else:
+        result.rest[name] = ref
+
+
+def _attach(key: grammar.Key, ref: Ref, path: str, result: Tensors) -> None:
+    """Give an alpha to its module, an MLX magnitude too; a saved head may have such names."""
+    owner = key.stem if key.stem in result.groups else _processor_stem(key.stem, result.groups)
+    if key.role == "m" and owner is not None and result.groups[owner].spelling == "mlx":
+        result.groups[owner].parts["magnitude"] = ref
+    elif key.role == "alpha" and owner is not None:
+        result.groups[owner].parts["alpha"] = ref
+    elif key.role == "alpha" and not key.stem.startswith(peft.PREFIX):
+        if not result.problems:  # of a kind that is refused, alpha has no pair either
+            problem = FormatError(f"{ref.name!r} belongs to no factors in this file", path=path)
+            result.problems.append(problem)
+    else:
+        result.rest[ref.name] = ref
+
+
+def _processor_stem(stem: str, groups: Mapping[str, Any]) -> str | None:
     key = grammar.parse(f"{stem}.down.weight") or grammar.parse(f"{stem}_lora.down.weight")
-    return key.stem if key and key.stem in grouped else None
+    return key.stem if key and key.stem in groups else None
 
 
 def not_an_adapter(refs: Mapping[str, Ref], path: str) -> FormatError:
@@ -70,135 +105,52 @@ def not_an_adapter(refs: Mapping[str, Ref], path: str) -> FormatError:
     )
 
 
-def dialect_of(
-    grouped: Mapping[str, Any], spellings: Mapping[str, str], config: Mapping[str, Any], path: str
-) -> str:
-    """One dialect for the whole file, from every stem; the grammar decides, not the first key."""
-    votes: dict[str, str] = {}
-    for stem, spelling in spellings.items():
-        if spelling == "kohya":
-            dialect = "kohya"
-        elif stem.startswith(peft.PREFIX) or spelling == "embedding":
-            dialect = "peft"
-        elif spelling == "peft" and str(config.get("peft_type", "")).upper() == "LORA":
-            dialect = "diffusers" if diffusers.component(stem) else "peft"
-        else:
-            dialect = "diffusers"
-        votes.setdefault(dialect, stem)
-    if len(votes) > 1:
-        shown = " and ".join(f"{name} ({stem})" for name, stem in votes.items())
-        raise UnsupportedError(
-            f"mixes dialects: {shown}; mixed files are read by a later version", path=path
-        )
-    return next(iter(votes), "peft")
+_PEFT_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
+_BY_SPELLING = {
+    "kohya": "kohya",
+    "mlx": "mlx",
+    "xlabs": "xlabs",
+    "cloneofsimo": "cloneofsimo",
+    "lora": "diffusers",
+    "processor": "diffusers",
+    "embedding": "peft",
+}
 
 
-def style_of(spellings: Mapping[str, str], dialect: str) -> str:
-    """The spelling of a diffusers file, per component: "unet=processor text_encoder=lora"."""
-    if dialect != "diffusers":
-        return ""
+def dialect_of(stem: str, spelling: str, config: Mapping[str, Any]) -> str:
+    """The dialect that names a module."""
+    if spelling in _BY_SPELLING:
+        return _BY_SPELLING[spelling]
+    if stem.startswith(peft.PREFIX):
+        return "peft"
+    configured = str(config.get("peft_type", "")).upper() in _PEFT_TYPES
+    if configured and not diffusers.component(stem):
+        return "peft"
+    return "kohya" if spelling == "lycoris" else "diffusers"
+
+
+def style_of(groups: Mapping[str, Group], dialects: Mapping[str, str]) -> str:
+    """The spelling of diffusers' modules, per component: "unet=processor text_encoder=lora"."""
     styles: dict[str, str] = {}
-    for stem, spelling in spellings.items():
+    for stem, module in groups.items():
+        if dialects[stem] != "diffusers":
+            continue
         part = diffusers.component(diffusers.canonical(stem))
         if styles.get(part) in (None, "lora"):
-            bare = spelling == "peft" and stem != diffusers.canonical(stem)
-            styles[part] = "bare" if bare else spelling
+            bare = module.spelling == "peft" and stem != diffusers.canonical(stem)
+            styles[part] = "bare" if bare else module.spelling
     return " ".join(f"{part}={style}" for part, style in sorted(styles.items()))
 
 
-def make_sites(
-    grouped: Mapping[str, Mapping[str, Ref]],
-    spellings: Mapping[str, str],
-    rest: Mapping[str, Ref],
-    dialect: str,
-    path: str,
-) -> tuple[dict[str, Site], dict[str, Ref]]:
-    """Sites by module, each with both its factors, and the tensors that are none: the extras."""
-    sites: dict[str, Site] = {}
-    for stem, parts in sorted(grouped.items()):
-        module = _module(stem, dialect)
-        for side, other in (("A", "B"), ("B", "A")):
-            if side not in parts:
-                shown = parts.get(other) or next(iter(parts.values()))
-                raise FormatError(
-                    f"has {shown.name!r} but no {side} factor", path=path, module=module
+def unclaimed(tensors: Tensors, dialects: Mapping[str, str], path: str) -> list[AdapterOpsError]:
+    """Tensors below a module that has factors, of no known kind; PEFT keeps whole layers there."""
+    owners = {stem for stem in tensors.groups if dialects[stem] != "peft"}
+    problems: list[AdapterOpsError] = []
+    for name in tensors.rest if owners else ():
+        if any(name[:at] in owners for at, letter in enumerate(name) if letter == "."):
+            problems.append(
+                UnsupportedError(
+                    f"the tensor {name!r} of an adapted module is of no known kind", path=path
                 )
-        if module in sites:
-            raise FormatError("is named twice, in two spellings", path=path, module=module)
-        if "bias" in parts and spellings[stem] != "peft":
-            raise UnsupportedError(
-                f"the tensor {parts['bias'].name!r} beside factors named "
-                f"{parts['A'].name!r} is of no known kind",
-                path=path,
-                module=module,
             )
-        if module.endswith(".base_layer"):
-            raise UnsupportedError(
-                "this is MoE target_parameters (several parameters of one module), not a plain "
-                "LoRA; a later version reads it",
-                path=path,
-                module=module,
-            )
-        sites[module] = _site(module, parts, path)
-    owners = tuple(stem + "." for stem in grouped) if dialect != "peft" else ()
-    for name in rest:
-        if owners and name.startswith(owners):
-            raise UnsupportedError(
-                f"the tensor {name!r} of an adapted module is of no known kind", path=path
-            )
-    return sites, dict(rest)
-
-
-def _module(stem: str, dialect: str) -> str:
-    if dialect == "peft":
-        return peft.module_path(stem)
-    return diffusers.canonical(stem) if dialect == "diffusers" else stem
-
-
-def _site(module: str, parts: Mapping[str, Ref], path: str) -> Site:
-    A, B = parts["A"], parts["B"]
-    where = {"path": path, "module": module}
-    layer: Layer = "embedding" if ".lora_embedding_" in A.name else "linear"
-    kernel: tuple[int, ...] = ()
-    if len(A.shape) > 2 and layer == "linear":
-        layer, kernel = "conv", A.shape[2:]
-    if len(A.shape) == 2 and len(B.shape) == 3:
-        raise UnsupportedError(
-            f"B of shape {list(B.shape)} beside A of {list(A.shape)} is an old MergedLinear LoRA, "
-            "not a plain LoRA; a later version reads it",
-            **where,
-        )
-    if len(A.shape) < 2 or len(B.shape) < 2 or any(extent != 1 for extent in B.shape[2:]):
-        raise UnsupportedError(
-            f"factors of shape A {list(A.shape)}, B {list(B.shape)} are no linear, convolution or "
-            "embedding LoRA",
-            **where,
-        )
-    for ref in (A, B):
-        if ref.dtype not in casts.READABLE:
-            raise UnsupportedError(
-                f"{ref.name!r} is of type {ref.dtype}, which is no number format of factors",
-                **where,
-            )
-    rank = A.shape[0]
-    if B.shape[1] != rank:
-        if rank and B.shape[1] and rank % B.shape[1] == 0 and layer == "conv":
-            raise UnsupportedError(
-                f"A has rank {rank}, B has {B.shape[1]}: a grouped convolution, which has no "
-                "single low-rank delta",
-                **where,
-            )
-        raise FormatError(f"A has rank {rank}, B has rank {B.shape[1]}", **where)
-    bias = parts.get("bias")
-    if bias is not None and bias.shape != (B.shape[0],):
-        raise FormatError(
-            f"the bias has shape {list(bias.shape)}, B has {B.shape[0]} rows", **where
-        )
-    return Site(
-        stem=module,
-        layer=layer,
-        shape=(B.shape[0], math.prod(A.shape[1:])),
-        kernel=kernel,
-        rank=rank,
-        parts=parts,
-    )
+    return problems

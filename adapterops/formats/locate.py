@@ -9,15 +9,17 @@ from pathlib import Path
 
 from adapterops.errors import FileError, FormatError
 from adapterops.files.source import LocalFile, read_bytes, unreadable
-from adapterops.formats import peft
+from adapterops.formats import mlx, peft
 
 _WEIGHTS = (
     peft.WEIGHTS,
     "pytorch_lora_weights.safetensors",
     "adapter_model.bin",
     "pytorch_lora_weights.bin",
+    mlx.WEIGHTS,
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_CONFIG_KEYS = {"peft_type", "lora_alpha", "r", "lora_parameters"}
 # Files beside an adapter that belong to it: engines read added tokens from there.
 SIDE_FILES = (
     "tokenizer.json",
@@ -107,7 +109,7 @@ def _sibling_config(file: Path) -> tuple[str | None, bool]:
     beside = file.parent / peft.CONFIG
     if not beside.is_file():
         return None, False
-    return os.fspath(beside), file.name not in (peft.WEIGHTS, "adapter_model.bin")
+    return os.fspath(beside), file.name not in (peft.WEIGHTS, "adapter_model.bin", mlx.WEIGHTS)
 
 
 def _is_config(path: Path) -> bool:
@@ -116,7 +118,7 @@ def _is_config(path: Path) -> bool:
         document = json.loads(read_text(os.fspath(path)))
     except (FormatError, ValueError, RecursionError):
         return False
-    return isinstance(document, dict) and bool({"peft_type", "lora_alpha", "r"} & document.keys())
+    return isinstance(document, dict) and bool(_CONFIG_KEYS & document.keys())
 
 
 def read_text(path: str, limit: int = 16_000_000) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,15 +11,23 @@ import numpy as np
 
 from adapterops import casts
 from adapterops.arrays import Array, put
-from adapterops.errors import NumericsError
+from adapterops.errors import AdapterOpsError, NumericsError, UnsupportedError
 from adapterops.files.source import Source
+from adapterops.formats.kinds import KINDS
 
 Layer = Literal["linear", "conv", "embedding"]
 
 
+Read = Callable[["Ref"], np.ndarray[Any, Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A tensor in a file, not read yet."""
+    """A tensor in a file, or a part of one, not read yet.
+
+    `shape` is that of the values as they are used. The file may hold them transposed (MLX), or as
+    every n-th column from the i-th, `every` = (i, n), of a wider matrix (experts in PEFT).
+    """
 
     source: Source
     name: str
@@ -27,16 +35,32 @@ class Ref:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    transposed: bool = False
+    every: tuple[int, int] = (0, 1)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the bytes that `raw` reads."""
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return (*shape[:-1], shape[-1] * self.every[1]) if self.every[1] > 1 else shape
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes are the values in order."""
+        return not self.transposed and self.every[1] == 1
 
     def raw(self) -> np.ndarray[Any, Any]:
-        """Its bytes as they are in the file."""
+        """The bytes in the file that hold it."""
         buffer = np.empty(self.nbytes, np.uint8)
         self.source.pread_into(self.offset, buffer.data)
         return buffer
 
-    def read(self, device: str = "cpu") -> Array:
+    def read(self, device: str = "cpu", raw: Read = raw) -> Array:
         """Its values as float64, exactly."""
-        return casts.decode(put(self.raw(), device), self.dtype, self.shape)
+        values = casts.decode(put(raw(self), device), self.dtype, self.stored_shape)
+        values = values.mT if self.transposed else values
+        first, step = self.every
+        return values if step == 1 else values[..., first::step]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +68,27 @@ class Site:
     """One module of one adapter.
 
     `shape` is (out, in) of ΔW as a matrix: for a convolution, in counts channels x kernel; for an
-    embedding of V rows of d numbers it is (d, V), and the weight changes by ΔWᵀ. `parts` maps "A"
-    and "B" to their tensors, and "bias" and "alpha" where there are any. ΔW = scale · B·A; `alpha`
-    is the number that the scale was made from, None where it was assumed; `alpha_given` if the user
-    said it.
+    embedding of V rows of d numbers it is (d, V), and the weight changes by ΔWᵀ. `kind` says how
+    its `parts`, tensors by role, make factors of `rank` columns; it was trained with rank `dim`,
+    which alpha is divided by. ΔW = scale · B·A; `alpha` is the number that the scale was made
+    from, None where it was assumed; `alpha_given` if the user said it. A scale that nothing says
+    is NaN. `expert` is (index, count) where one tensor holds the factors of several; `owned` are
+    the parameters that PEFT's target_parameters adapt at `owner`.
     """
 
     stem: str
+    dialect: str
+    kind: str
     layer: Layer
     shape: tuple[int, int]
     kernel: tuple[int, ...]
     rank: int
+    dim: int
     parts: Mapping[str, Ref]
+    enabled: tuple[bool, ...] = ()
+    expert: tuple[int, int] | None = None
+    owner: str = ""
+    owned: tuple[str, ...] = ()
     scale: float = math.nan
     scale_from: str = ""
     alpha: float | None = None
@@ -63,37 +96,49 @@ class Site:
 
     @property
     def dtype(self) -> str:
-        """The wider of the two factors' types."""
-        return max((self.parts[r].dtype for r in "BA"), key=lambda name: (_width(name), name))
+        """The widest type of its factors."""
+        names = {ref.dtype for role, ref in self.parts.items() if role in _FACTOR_ROLES}
+        return max(names, key=lambda name: (_width(name), name))
 
-    def factors(self, device: str = "cpu") -> tuple[Array, Array]:
-        """B (out, r) and A (r, in) in float64, the scale not folded in.
+    def factors(self, device: str = "cpu", raw: Read = Ref.raw) -> tuple[Array, Array]:
+        """B (out, rank) and A (rank, in) in float64, the scale not folded in.
 
-        Raises NumericsError, naming the tensor, for NaN or infinities.
+        `raw` reads a tensor's bytes. Raises NumericsError, naming the tensor, for NaN or
+        infinities, UnsupportedError for a kind that has no factors.
         """
-        B = self.parts["B"].read(device).reshape(self.shape[0], self.rank)
-        A = self.parts["A"].read(device).reshape(self.rank, self.shape[1])
-        self.check_finite(B, A)
-        return B, A
+        if self.kind not in KINDS:
+            raise UnsupportedError(f"{self.kind} has no low-rank delta", module=self.stem)
+        values = {
+            role: ref.read(device, raw) for role, ref in self.parts.items() if role in _FACTOR_ROLES
+        }
+        for role, array in values.items():
+            self._check_finite(role, array)
+        return KINDS[self.kind].expand(values, self.enabled)
 
-    def factors_into(self, B: np.ndarray[Any, Any], A: np.ndarray[Any, Any]) -> None:
-        """`factors` into slices of larger arrays; their values are not checked."""
-        for role, out in (("B", B), ("A", A)):
-            ref = self.parts[role]
-            casts.decode_into(ref.raw(), ref.dtype, out)
+    def factors_into(
+        self, B: np.ndarray[Any, Any], A: np.ndarray[Any, Any], raw: Read = Ref.raw
+    ) -> None:
+        """`factors` into slices of larger arrays; values of a plain LoRA are not checked."""
+        parts = [self.parts[role] for role in "BA" if role in self.parts]
+        if self.kind != "lora" or not all(ref.is_plain for ref in parts):
+            B[...], A[...] = self.factors("cpu", raw)
+            return
+        for ref, out in zip(parts, (B, A), strict=True):
+            casts.decode_into(raw(ref), ref.dtype, out)
 
-    def check_finite(self, B: Array, A: Array) -> None:
-        """Raise NumericsError, naming the tensor, if a factor holds NaN or infinities."""
-        for role, values in (("B", B), ("A", A)):
-            wrong = casts.count_nonfinite(values)
-            if wrong:
-                raise NumericsError(
-                    f"{wrong} of {math.prod(values.shape)} values of {self.parts[role].name} "
-                    "are NaN or infinite",
-                    path=self.parts[role].source.path,
-                    module=self.stem,
-                    hint="the training diverged or the file is damaged; leave this adapter out",
-                )
+    def _check_finite(self, role: str, values: Array) -> None:
+        wrong = casts.count_nonfinite(values)
+        if wrong:
+            raise NumericsError(
+                f"{wrong} of {math.prod(values.shape)} values of {self.parts[role].name} "
+                "are NaN or infinite",
+                path=self.parts[role].source.path,
+                module=self.stem,
+                hint="the training diverged or the file is damaged; leave this adapter out",
+            )
+
+
+_FACTOR_ROLES = frozenset().union(*(form for kind in KINDS.values() for form in kind.forms))
 
 
 def _width(dtype: str) -> int:
@@ -104,8 +149,10 @@ def _width(dtype: str) -> int:
 class AdapterFile:
     """One adapter as its files describe it.
 
-    `extras` are absolute tensors that travel along (heads, biases, token rows), by full name.
-    `style` is the dialect's own note of how names were spelled. `notes` are warnings.
+    `extras` are absolute tensors that travel along (heads, biases, token rows), `deltas` are dense
+    changes of single parameters (`.diff`), `tensors` all of the file, by full name. `dialect` is
+    "mixed" where its modules are in several. `style` is the dialect's own note of how names were
+    spelled. `notes` are warnings; `problems` are why its sum with others cannot be computed.
     """
 
     path: str
@@ -113,6 +160,8 @@ class AdapterFile:
     dialect: str
     sites: Mapping[str, Site]
     extras: Mapping[str, Ref]
+    tensors: Mapping[str, Ref]
+    deltas: Mapping[str, Ref] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     style: str = ""
@@ -121,11 +170,14 @@ class AdapterFile:
     weights_file: str = ""
     config_file: str | None = None
     side_files: tuple[str, ...] = ()
+    problems: tuple[AdapterOpsError, ...] = ()
 
     @property
     def dtype(self) -> str:
         """The type of its factors, the widest where they differ."""
-        return max((site.dtype for site in self.sites.values()), key=lambda name: _width(name))
+        names = {site.dtype for site in self.sites.values()}
+        names |= {ref.dtype for ref in self.deltas.values()}
+        return max(names, key=lambda name: (_width(name), name), default="F32")
 
     @property
     def rank(self) -> int:

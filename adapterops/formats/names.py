@@ -1,14 +1,16 @@
-"""One module's name in another dialect, where the two name the same thing.
+"""One module's name in two dialects: translated where both name the same thing, found out where a
+merge by name would take one module for two.
 
 PEFT knows module paths, diffusers puts the component in front (`unet.`), kohya flattens the dots to
-underscores behind a prefix of its own. Flattening loses the dots; they come back only where every
-piece of the name is one that the U-Net or the text encoder has. Fused projections, SGM block names
-and language models have no counterpart here.
+underscores behind a prefix of its own; PEFT and MLX agree. Flattening loses the dots; they come
+back only where every piece of the name is one that the U-Net or the text encoder has. Fused
+projections, SGM block names and language models have no counterpart here.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 
 from adapterops.formats import diffusers
 
@@ -30,6 +32,86 @@ _PIECES = """
     self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection
 """
 _PIECE = re.compile(rf"({'|'.join(sorted(_PIECES.split(), key=len, reverse=True))}|\d+)(?:_|$)")
+
+
+DIRECTORIES = ("peft", "mlx")  # dialects of a directory with a config; the others are one file
+
+_ROOTS = [
+    (re.compile(r"lora_(unet|transformer)_+(unet_)?|lycoris_"), "denoiser"),
+    (re.compile(r"lora_te(?P<number>[23])_"), "text_encoder"),
+    (re.compile(r"lora_te1?_"), "text_encoder"),
+    (re.compile(r"(unet|transformer|diffusion_model)\."), "denoiser"),
+    (re.compile(r"text_encoder(?P<number>_[23])?\."), "text_encoder"),
+]
+# Ways to call one model's blocks that never meet in one adapter.
+_VOCABULARIES = {
+    "SGM's names (input_blocks)": re.compile(r"(input|output|middle)_blocks?_"),
+    "diffusers' names (down_blocks)": re.compile(r"(down|up|mid)_blocks?_"),
+    "XLabs' names (processor)": re.compile(r"(double|single)_blocks_\d+_processor_"),
+    "Flux' names (double_blocks)": re.compile(r"(double|single)_blocks_"),
+    "diffusers' names (transformer_blocks)": re.compile(r"(single_)?transformer_blocks_"),
+    "cloneofsimo's numbers": re.compile(r"(unet|list):"),
+}
+_UNET = list(_VOCABULARIES)[:2]
+_FLUX = list(_VOCABULARIES)[2:5]
+_NUMBERS = list(_VOCABULARIES)[5:]
+_APART = [_UNET, _FLUX, _NUMBERS + _UNET[:1], _NUMBERS + _UNET[1:]]
+_FUSED = re.compile(r"(?P<parent>.*_|)(qkv|qkv_proj|to_qkv|in_proj|gate_up_proj)$")
+_SPLIT = re.compile(
+    r"(?P<parent>.*_|)(to_q|to_k|to_v|q_proj|k_proj|v_proj|q|k|v|gate_proj|up_proj)$"
+)
+
+
+def two_names(files: Mapping[str, Iterable[str]]) -> str | None:
+    """What is wrong if the stems of several files call one module by two names, else None."""
+    where: dict[str, str] = {}
+    for path, stems in files.items():
+        for stem in stems:
+            where.setdefault(stem, path)
+    names: dict[str, str] = {}
+    vocabularies: dict[str, str] = {}
+    fused: dict[str, str] = {}
+    split: dict[str, str] = {}
+    for stem in where:
+        root, flat = _flatten(stem)
+        other = names.setdefault(f"{root}:{flat}", stem)
+        if other != stem:
+            return _clash(other, stem, where, "one module in two dialects")
+        vocabulary = _vocabulary(flat) if root == "denoiser" else None
+        if vocabulary:
+            vocabularies.setdefault(vocabulary, stem)
+        for pattern, found_in in ((_FUSED, fused), (_SPLIT, split)):
+            found = pattern.match(flat)
+            if found:
+                found_in.setdefault(f"{root}:{found['parent']}", stem)
+    for group in _APART:
+        one, two, *_ = *(name for name in group if name in vocabularies), "", ""
+        if two:
+            return _clash(vocabularies[one], vocabularies[two], where, f"{one} and {two}")
+    for parent in fused.keys() & split.keys():
+        one, two = fused[parent], split[parent]
+        if where[one] != where[two]:  # in one file both are modules of one model
+            return _clash(one, two, where, "a fused and a split projection")
+    return None
+
+
+def _clash(one: str, two: str, where: Mapping[str, str], what: str) -> str:
+    return f"{one!r} ({where[one]}) and {two!r} ({where[two]}) are {what}"
+
+
+def _flatten(stem: str) -> tuple[str, str]:
+    """Which model a stem is in, and its path with underscores for dots."""
+    for pattern, root in _ROOTS:
+        found = pattern.match(stem)
+        if found:
+            number = (found.groupdict().get("number") or "").strip("_")
+            return root + number, stem[found.end() :].replace(".", "_")
+    flat = stem.replace(".", "_")
+    return "denoiser" if _vocabulary(flat) else "", flat
+
+
+def _vocabulary(flat: str) -> str | None:
+    return next((name for name, pattern in _VOCABULARIES.items() if pattern.match(flat)), None)
 
 
 def translate(stems: list[str], source: str, target: str) -> dict[str, str] | None:

@@ -18,6 +18,7 @@ from adapterops.errors import FormatError, UnsafeFileError, UnsupportedError
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+KINDS = ("LORA", "LOHA", "LOKR", "ADALORA")  # values of `peft_type` that have a low-rank delta
 BIASES = ("none", "lora_only", "all")  # values of `bias`, each trains what those before it do
 
 # For these PEFT expects a saved head in the file, whatever `modules_to_save` says.
@@ -35,8 +36,6 @@ _REFUSED_FIELDS = {
     "kasa_config": ("KaSA", "it also changes the base"),
     "arrow_config": ("Arrow", "it routes between adapters at run time"),
     "layer_replication": ("layer replication", "its layers have no weights of their own"),
-    "target_parameters": ("MoE target_parameters", "a later version reads it"),
-    "enable_lora": ("an old MergedLinear LoRA", "a later version reads it"),
     "monteclora_config": ("MonteCLoRA", "its factors are sampled"),
     "velora_config": ("VeLoRA", "its factors are compressed"),
 }
@@ -64,12 +63,12 @@ def read_config(text: bytes | str, path: str) -> dict[str, Any]:
 
 def check_supported(config: Mapping[str, Any], path: str) -> None:
     """Raise UnsupportedError for a config whose adapter is not B·A on an unchanged base."""
-    kind = config.get("peft_type", "LORA")
-    if str(kind).upper() != "LORA":
+    kind = str(config.get("peft_type", "LORA")).upper()
+    if kind not in KINDS:
         raise UnsupportedError(
             f"this is a {kind} adapter, not a LoRA",
             path=path,
-            hint="only plain LoRA is read so far",
+            hint=f"read are {', '.join(sorted(KINDS))}",
         )
     for name, (what, way) in _REFUSED_FIELDS.items():
         if config.get(name):
@@ -92,16 +91,23 @@ _LONGEST_PATTERN = 1000
 
 
 class Scales:
-    """Scale of each module from a config: alpha / r, or alpha / √r for rsLoRA, by the patterns."""
+    """Scale of each module from a config: alpha / r, or alpha / √r for rsLoRA, by the patterns.
+
+    LoHa and LoKr call lora_alpha `alpha`. AdaLoRA divides by init_r + 1e-5, whatever rank pruning
+    has left (peft 0.21.2, `adalora/layer.py:get_delta_weight`; its rank_pattern holds masks).
+    """
 
     def __init__(
         self, config: Mapping[str, Any], path: str, notes: list[str] | None = None
     ) -> None:
         self._path = path
-        self._ranks = _patterns(config, "rank_pattern", path)
-        self._alphas = _patterns(config, "alpha_pattern", path)
-        self._rank = _number(config, "r", path)
-        self._alpha = _number(config, "lora_alpha", path)
+        kind = str(config.get("peft_type", "LORA")).upper()
+        self._pruned = kind == "ADALORA"
+        self._ranks = [] if self._pruned else _patterns(config, "rank_pattern", path)
+        self._alphas = [] if self._pruned else _patterns(config, "alpha_pattern", path)
+        self._rank = _number(config, "init_r" if self._pruned else "r", path)
+        self.alpha_key = "alpha" if kind in ("LOHA", "LOKR") else "lora_alpha"
+        self._alpha = _number(config, self.alpha_key, path)
         self._stabilised = bool(config.get("use_rslora"))
         self._notes = [] if notes is None else notes
 
@@ -116,6 +122,8 @@ class Scales:
         JSON is saved sorted, so the order in which patterns were written is lost: where several
         match, the one that the tensors agree with was meant.
         """
+        if self._pruned and self._rank is not None and actual <= self._rank:
+            return float(actual)
         path = target_path(module)
         values = [value for pattern, value in self._ranks if pattern.match(path)]
         if actual in values:
@@ -130,8 +138,12 @@ class Scales:
 
     def scale(self, module: str, rank: int) -> float:
         """The factor of B·A for a module of this rank."""
+        alpha = self.alpha(module)
+        if self._pruned:
+            whole = self._rank if self._rank is not None else float(rank)
+            return (alpha if alpha > 0 else whole) / (whole + 1e-5)
         root = math.sqrt(rank) if self._stabilised else rank
-        return self.alpha(module) / root if rank else 1.0
+        return alpha / root if rank else 1.0
 
     def _match(
         self,
@@ -264,6 +276,17 @@ def write_config(
     if bias:
         config["lora_bias"] = True
     return config
+
+
+def target_parameters(configs: Sequence[Mapping[str, Any]], owners: Collection[str]) -> list[str]:
+    """The inputs' `target_parameters` that concern these modules."""
+    given = {str(entry) for config in configs for entry in config.get("target_parameters") or ()}
+    parents = {entry: entry.rpartition(".")[0] for entry in given}
+    return sorted(
+        entry
+        for entry, parent in parents.items()
+        if not parent or any(_targets(parent, owner) for owner in owners)
+    )
 
 
 def target_modules(

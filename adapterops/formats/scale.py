@@ -10,7 +10,7 @@ from typing import Any
 
 from adapterops import casts
 from adapterops.errors import FormatError, IncompatibleError
-from adapterops.formats import diffusers, kohya, peft
+from adapterops.formats import diffusers, kohya, mlx, peft
 from adapterops.formats.model import Site
 
 _Scale = tuple[float, float, str]  # scale, the alpha it was made from, where that was found
@@ -22,27 +22,27 @@ class ScaleFinder:
     def __init__(
         self,
         path: str,
-        dialect: str,
         metadata: Mapping[str, str],
         alpha: float | None,
         alpha_wins: bool,
     ) -> None:
         self._path = path
-        self._dialect = dialect
         self._metadata = metadata
         self._alpha = alpha
         self._alpha_wins = alpha_wins
         self._configs: list[tuple[str, dict[str, peft.Scales]]] = []
+        self._mlx: list[_Scale] = []
         self.notes: list[str] = []
 
     def add_config(self, config: Mapping[str, Any], where: str) -> None:
         """Take `config` for a source of scales; a diffusers config has a part per component."""
-        parts = ("", *diffusers.COMPONENTS) if self._dialect == "diffusers" else ("",)
+        parts = {key.partition(".")[0] for key in config if "." in key}
         scales = {
             part: peft.Scales(diffusers.component_config(config, part), where, self.notes)
-            for part in parts
+            for part in ("", *(part for part in diffusers.COMPONENTS if part in parts))
         }
         self._configs.append((where, scales))
+        self._mlx += mlx.scales(config, where)
 
     def scaled(self, site: Site) -> Site:
         """The site with its scale and where it came from."""
@@ -69,9 +69,10 @@ class ScaleFinder:
             return found[0]
         if self._alpha is not None:
             return _given(site, self._alpha)
-        if self._dialect == "peft":
+        if site.dialect in ("peft", "mlx"):
+            name = "lora_alpha" if site.dialect == "peft" else "lora_parameters.scale"
             raise IncompatibleError(
-                "no scale: no adapter_config.json says lora_alpha, and there is no alpha anywhere",
+                f"no scale: no adapter_config.json says {name}, and there is no alpha anywhere",
                 path=self._path,
                 hint="give the alpha it was trained with: --alpha X",
             )
@@ -95,36 +96,45 @@ class ScaleFinder:
                 module=site.stem,
                 hint=f"say what is meant with --alpha {self._path}=X",
             )
-        scale = value / site.rank if site.rank else 1.0
-        yield scale, value, f"alpha {value:g} / rank {site.rank}"
+        if not site.dim:  # LyCORIS' LoKr of two full matrices
+            yield 1.0, value, "assumed (alpha is not used where both matrices are full)"
+        else:
+            yield value / site.dim, value, f"alpha {value:g} / rank {site.dim}"
 
     def _from_config(self, site: Site) -> Iterator[_Scale]:
-        part = diffusers.component(site.stem) if self._dialect == "diffusers" else ""
+        if site.dialect == "mlx":
+            yield from self._mlx
+            return
+        part = diffusers.component(site.stem) if site.dialect == "diffusers" else ""
         module = site.stem.removeprefix(part + ".") if part else site.stem
+        if site.owned:
+            module = f"{site.owner}.{site.owned[0]}"
         for where, parts in self._configs:
-            scales = parts[part] if parts[part].known else parts[""]
+            scales = parts.get(part, parts[""])
+            scales = scales if scales.known else parts[""]
             if not scales.known:
                 continue
-            expected = scales.rank(module, site.rank)
-            if expected is not None and expected != site.rank:
+            expected = scales.rank(module, site.dim)
+            if expected is not None and expected != site.dim and site.dim:
                 raise IncompatibleError(
-                    f"the config says r={expected:g}, its tensors have rank {site.rank}, so "
+                    f"the config says r={expected:g}, its tensors have rank {site.dim}, so "
                     "alpha / r is unknown",
                     path=self._path,
                     module=site.stem,
                     hint=f"correct rank_pattern in the config, or give --alpha {self._path}=X",
                 )
-            origin = f"lora_alpha in {os.path.basename(where)}"
-            yield scales.scale(module, site.rank), scales.alpha(module), origin
+            origin = f"{scales.alpha_key} in {os.path.basename(where)}"
+            rank = site.dim or int(expected or 0)
+            yield scales.scale(module, rank), scales.alpha(module), origin
 
     def _from_header(self, site: Site) -> Iterator[_Scale]:
-        if not site.rank:
+        if not site.dim:
             return
-        if self._dialect == "kohya":
+        if site.dialect == "kohya":
             spatial = any(extent != 1 for extent in site.kernel)
-            alpha = kohya.header_alpha(self._metadata, site.rank, spatial)
+            alpha = kohya.header_alpha(self._metadata, site.dim, spatial)
             if alpha is not None:
-                yield alpha / site.rank, alpha, "ss_network_alpha"
+                yield alpha / site.dim, alpha, "ss_network_alpha"
             return
         part = diffusers.component(site.stem)
         prefix = f"{part}." if part and f"{part}.lora_alpha" in self._metadata else ""
@@ -133,23 +143,23 @@ class ScaleFinder:
             return
         rank_text = self._metadata.get(f"{prefix}r") or self._metadata.get("rank")
         try:
-            alpha, rank = float(text), float(rank_text) if rank_text else float(site.rank)
+            alpha, rank = float(text), float(rank_text) if rank_text else float(site.dim)
         except ValueError:
             raise FormatError(
                 f"the header's alpha {text!r} or rank {rank_text!r} is no number", path=self._path
             ) from None
-        if math.isfinite(alpha) and rank == site.rank:
-            yield alpha / site.rank, alpha, "alpha in the header"
+        if math.isfinite(alpha) and rank == site.dim:
+            yield alpha / site.dim, alpha, "alpha in the header"
 
 
 def _given(site: Site, alpha: float) -> Site:
-    scale = alpha / site.rank if site.rank else 1.0
+    scale = alpha / site.dim if site.dim else 1.0
     return replace(
         site,
         scale=scale,
         alpha=alpha,
         alpha_given=True,
-        scale_from=f"--alpha {alpha:g} / rank {site.rank}",
+        scale_from=f"--alpha {alpha:g} / rank {site.dim}",
     )
 
 

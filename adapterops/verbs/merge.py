@@ -72,8 +72,8 @@ def merge(
     adapters = list(adapters)
     if not adapters:
         raise UsageError("merge needs at least one adapter")
-    if to not in (None, "peft", "kohya", "diffusers"):
-        raise UsageError(f"to={to!r}: expected peft, kohya or diffusers")
+    if to not in (None, "peft", "kohya", "diffusers", "mlx"):
+        raise UsageError(f"to={to!r}: expected peft, kohya, diffusers or mlx")
     paths = [repr(item) if isinstance(item, Adapter) else os.fspath(item) for item in adapters]
     checked = check_weights(weights, paths, normalize=normalize)
     default = None if isinstance(alpha, Mapping) else alpha

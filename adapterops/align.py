@@ -1,0 +1,315 @@
+"""Planning a weighted sum from headers: inputs matched by module, and checked to go together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+from adapterops.casts import DTYPE_NAMES, READABLE
+from adapterops.errors import IncompatibleError, NumericsError, UnsupportedError, UsageError
+from adapterops.formats.model import AdapterFile, Site
+from adapterops.formats.names import DIRECTORIES, translate, two_names
+from adapterops.plan import DensePart, DenseSum, Module, Part, Plan
+
+# SDXL's kohya files name SGM blocks; its cross attention reads 2048 numbers, SD 1's and 2's fewer.
+_SDXL_CONTEXT = 2048
+_CONTEXT = re.compile(r"attn2[._]to_k$")
+_SMALLEST, _LARGEST = 1e-30, 1e30
+# Kinds whose tensors may hold a convolution's kernel flattened into the columns.
+_FLAT_KINDS = {"loha", "lokr", "adalora"}
+
+
+def align(
+    inputs: Sequence[AdapterFile],
+    weights: Sequence[float],
+    *,
+    modules: str | None = None,
+    dtype: str = "keep",
+    to: str | None = None,
+) -> Plan:
+    """Match the inputs' modules by stem and check that they go together.
+
+    A module that an input lacks counts as zero for it. Raises IncompatibleError for shapes that
+    differ or nothing in common, UsageError for an unknown dtype or a pattern without matches.
+    """
+    warnings = [note for file in inputs for note in file.notes]
+    for file, weight in zip(inputs, weights, strict=True):
+        if not math.isfinite(weight):
+            raise UsageError(f"the weight {weight} of {file.path} is not a finite number")
+    _check_names(inputs)
+    _check_overlap(inputs)
+    gathered: dict[str, list[Part]] = defaultdict(list)
+    dense: dict[str, list[DensePart]] = defaultdict(list)
+    for index, (file, weight) in enumerate(zip(inputs, weights, strict=True)):
+        for stem, site in file.sites.items() if weight else ():
+            _check_coefficient(weight * site.scale, weight, file, stem)
+            gathered[stem].append(Part(index, weight * site.scale, site))
+        for name, ref in file.deltas.items() if weight else ():
+            _check_coefficient(weight, weight, file, name)
+            dense[name].append(DensePart(index, weight, ref))
+    if not gathered and not dense:
+        raise NumericsError("every weight is zero: the result is nothing but zeros")
+    chosen, sums, left_out = _select(gathered, dense, modules)
+    deltas = [_dense_sum(name, parts, chosen, inputs) for name, parts in sorted(sums.items())]
+    target = to or inputs[0].dialect
+    _check_deltas(deltas, target, inputs[0])
+    names = _output_names(chosen, inputs[0], target)
+    result = tuple(
+        _module(stem, name, tuple(chosen[stem]), inputs, target)
+        for stem, name in sorted(names.items(), key=lambda pair: _natural(pair[0]))
+    )
+    warnings += _base_warnings(inputs) + _orientation_warnings(inputs)
+    if not any(module.columns for module in result) and not deltas:
+        raise IncompatibleError("all adapters have rank 0: there is nothing to write")
+    dialects = {module.dialect for module in result} or {target}
+    return Plan(
+        inputs=tuple(inputs),
+        weights=tuple(weights),
+        modules=result,
+        deltas=tuple(deltas),
+        dialect=dialects.pop() if len(dialects) == 1 else "mixed",
+        dtype=_dtype(dtype, inputs[0]),
+        left_out=left_out,
+        warnings=tuple(warnings),
+    )
+
+
+def _natural(stem: str) -> tuple[str, int]:
+    """Experts in the order of their numbers, everything else by name."""
+    head, bracket, index = stem.rpartition("[")
+    return (head, int(index[:-1])) if bracket and index[:-1].isdigit() else (stem, 0)
+
+
+def _check_names(inputs: Sequence[AdapterFile]) -> None:
+    """Modules are matched by stem: that works where no module goes by two names."""
+    clash = two_names({file.path: file.sites for file in inputs})
+    families = {
+        site.dialect in DIRECTORIES: file
+        for file in reversed(inputs)
+        for site in file.sites.values()
+    }
+    if clash is None and len(families) > 1:
+        one, other = families[True], families[False]
+        clash = f"{one.path} is in the {one.dialect} dialect, {other.path} in {other.dialect}"
+    if clash is not None:
+        raise UnsupportedError(
+            f"{clash}; matching module names across dialects is not supported yet",
+            hint="convert one of them with the tool that wrote it",
+        )
+
+
+def _check_deltas(deltas: Sequence[DenseSum], to: str, first: AdapterFile) -> None:
+    if deltas and to != first.dialect:
+        raise IncompatibleError(
+            f"--to {to}: the full delta {deltas[0].name!r} has no name in that dialect",
+            path=first.path,
+            hint=f"leave --to away to write {first.dialect}",
+        )
+
+
+def _dense_sum(
+    name: str,
+    parts: Sequence[DensePart],
+    chosen: dict[str, list[Part]],
+    inputs: Sequence[AdapterFile],
+) -> DenseSum:
+    """A full delta with what the other inputs change by factors in the same weight."""
+    first = parts[0].ref
+    for part in parts:
+        if part.ref.shape != first.shape:
+            raise IncompatibleError(
+                f"{inputs[parts[0].input].path} has {list(first.shape)}, "
+                f"{inputs[part.input].path} has {list(part.ref.shape)}; "
+                "are both adapters of the same base model?",
+                module=name,
+            )
+        if part.ref.dtype not in READABLE:
+            raise UnsupportedError(
+                f"is of type {part.ref.dtype}, which is no number format of a delta", module=name
+            )
+    factors = chosen.pop(name.removesuffix(".diff"), []) if name.endswith(".diff") else []
+    for low in factors:
+        if low.site.shape != (first.shape[0], math.prod(first.shape[1:])):
+            raise IncompatibleError(
+                f"{inputs[parts[0].input].path} changes it by a full delta of shape "
+                f"{list(first.shape)}, {inputs[low.input].path} by factors of "
+                f"{_describe(low.site)}; are both adapters of the same base model?",
+                module=low.site.stem,
+            )
+    return DenseSum(name, first.shape, tuple(parts), tuple(factors))
+
+
+def _output_names(chosen: dict[str, list[Part]], first: AdapterFile, to: str) -> dict[str, str]:
+    """stem -> the module's name in the output's dialect."""
+    stems = sorted(chosen)
+    sites = [(stem, part.site) for stem in stems for part in chosen[stem]]
+    if to in DIRECTORIES and first.dialect in DIRECTORIES:
+        for stem, site in sites:
+            plain = not site.expert and site.layer != "conv" and "bias" not in site.parts
+            if site.dialect != to and not plain:
+                raise IncompatibleError(
+                    f"experts, convolutions and biases of {site.dialect} adapters have no "
+                    f"counterpart in {to}",
+                    module=stem,
+                )
+        return {stem: stem for stem in stems}
+    if to == first.dialect:
+        return {stem: stem for stem in stems}
+    if {site.dialect for _, site in sites} != {first.dialect}:
+        raise IncompatibleError(f"--to {to}: the inputs are in several dialects", path=first.path)
+    names = translate(stems, first.dialect, to)
+    odd = [stem for stem, s in sites if s.layer == "embedding" or "bias" in s.parts or s.expert]
+    if odd:
+        raise IncompatibleError(
+            f"--to {to}: an embedding, a bias or an expert has no place in that dialect",
+            module=odd[0],
+        )
+    wide = [stem for stem, s in sites if s.shape[1] == _SDXL_CONTEXT and _CONTEXT.search(stem)]
+    if names is None or ("kohya" in (to, first.dialect) and wide):
+        raise IncompatibleError(
+            f"--to {to}: not every module of this {first.dialect} adapter has a name there "
+            f"(the first is {stems[0]!r}); fused and split projections and SGM names differ in "
+            "more than spelling",
+            path=first.path,
+            hint=f"leave --to away to write {first.dialect}",
+        )
+    return names
+
+
+def _check_coefficient(coefficient: float, weight: float, file: AdapterFile, stem: str) -> None:
+    """Products of two such factors must neither vanish nor overflow in float64."""
+    if not _SMALLEST <= abs(coefficient) <= _LARGEST:
+        raise UsageError(
+            f"the weight {weight:g} makes its coefficient {coefficient:g}; coefficients from "
+            f"{_SMALLEST:g} to {_LARGEST:g} can be computed with",
+            path=file.path,
+            module=stem,
+        )
+
+
+def _check_overlap(inputs: Sequence[AdapterFile]) -> None:
+    """Every input must share a module with some other one."""
+    owners: dict[str, int] = defaultdict(int)
+    changed = [{*file.sites, *map(_changed, file.deltas)} for file in inputs]
+    for stems in changed:
+        for stem in stems:
+            owners[stem] += 1
+    for index, (file, stems) in enumerate(zip(inputs, changed, strict=True)):
+        if len(inputs) > 1 and not any(owners[stem] > 1 for stem in stems):
+            other = 0 if index else 1
+            raise IncompatibleError(
+                f"has no module in common with the other inputs: it names {min(stems)!r}, "
+                f"{inputs[other].path} names {min(changed[other])!r}; "
+                "are they adapters of the same base model?",
+                path=file.path,
+            )
+
+
+def _changed(name: str) -> str:
+    """The module that a full delta changes."""
+    return name.rpartition(".")[0]
+
+
+def _select(
+    gathered: dict[str, list[Part]], dense: dict[str, list[DensePart]], pattern: str | None
+) -> tuple[dict[str, list[Part]], dict[str, list[DensePart]], int]:
+    """The modules that a pattern matches, and how many it leaves out."""
+    if pattern is None:
+        return gathered, dense, 0
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"--modules {pattern!r} is no regular expression ({error})") from None
+    chosen = {stem: parts for stem, parts in gathered.items() if compiled.fullmatch(stem)}
+    sums = {name: parts for name, parts in dense.items() if compiled.fullmatch(_changed(name))}
+    if not chosen and not sums:
+        raise UsageError(
+            f"--modules {pattern!r} matches none of the {len(gathered)} modules as a whole",
+            hint=f"the first is {min([*gathered, *map(_changed, dense)])!r}",
+        )
+    return chosen, sums, len(gathered) + len(dense) - len(chosen) - len(sums)
+
+
+def _module(
+    stem: str, name: str, parts: tuple[Part, ...], inputs: Sequence[AdapterFile], to: str
+) -> Module:
+    first = parts[0].site
+    for part in parts[1:]:
+        site = part.site
+        if site.shape != first.shape or _kernels_differ(site, first):
+            raise IncompatibleError(
+                f"{inputs[parts[0].input].path} has {_describe(first)}, "
+                f"{inputs[part.input].path} has {_describe(site)}; "
+                "are both adapters of the same base model?",
+                module=stem,
+            )
+        if "embedding" in (site.layer, first.layer) and site.layer != first.layer:
+            raise IncompatibleError(
+                f"is an {first.layer} layer in {inputs[parts[0].input].path} and a {site.layer} "
+                f"layer in {inputs[part.input].path}",
+                module=stem,
+            )
+        if (site.expert and site.expert[1], site.owned) != (
+            first.expert and first.expert[1],
+            first.owned,
+        ):
+            raise IncompatibleError(
+                f"{inputs[parts[0].input].path} adapts {_experts(first)}, "
+                f"{inputs[part.input].path} {_experts(site)}: which tensors belong together cannot "
+                "be told",
+                module=stem,
+            )
+    shaped = next((part.site for part in parts if part.site.kernel), first)
+    by_module = to == inputs[0].dialect and to not in DIRECTORIES
+    dialect = first.dialect if by_module else to
+    return Module(name, dialect, shaped.layer, first.shape, shaped.kernel, parts)
+
+
+def _kernels_differ(site: Site, other: Site) -> bool:
+    """Whether two kernels cannot be the same; a LoHa of a convolution may not show its own."""
+    if not (site.kernel and other.kernel) and {site.kind, other.kind} & _FLAT_KINDS:
+        return False
+    return _extent(site.kernel) != _extent(other.kernel)
+
+
+def _experts(site: Site) -> str:
+    count = f"{site.expert[1]} experts" if site.expert else "one matrix"
+    return f"{count} of {', '.join(site.owned) or 'the module'}"
+
+
+def _extent(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1 x 1 convolution is a linear layer."""
+    return kernel if any(size != 1 for size in kernel) else ()
+
+
+def _describe(site: Site) -> str:
+    kernel = f", kernel={list(site.kernel)}" if site.kernel else ""
+    return f"out={site.shape[0]}, in={site.shape[1] // math.prod(site.kernel)}{kernel}"
+
+
+def _base_warnings(inputs: Sequence[AdapterFile]) -> list[str]:
+    bases = {file.base: file for file in reversed(inputs) if file.base}
+    if len(bases) < 2:
+        return []
+    shown = ", ".join(f"{base!r} ({bases[base].path})" for base in reversed(bases))
+    return [f"the inputs name different base models: {shown}; their shapes agree"]
+
+
+def _orientation_warnings(inputs: Sequence[AdapterFile]) -> list[str]:
+    flags = {bool(file.config.get("fan_in_fan_out")): file.path for file in reversed(inputs)}
+    if len(flags) < 2 or inputs[0].dialect != "peft":
+        return []
+    return [
+        f"fan_in_fan_out is set in {flags[True]} and not in {flags[False]}; the first input's "
+        "value is kept"
+    ]
+
+
+def _dtype(name: str, first: AdapterFile) -> str:
+    if name == "keep":
+        return first.dtype
+    if name not in DTYPE_NAMES:
+        raise UsageError(f"dtype {name!r}: expected keep, {', '.join(DTYPE_NAMES)}")
+    return DTYPE_NAMES[name]
