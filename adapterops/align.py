@@ -150,8 +150,8 @@ def _output_names(chosen: dict[str, list[Part]], first: AdapterFile, to: str) ->
             plain = not site.expert and site.layer != "conv" and "bias" not in site.parts
             if site.dialect != to and not plain:
                 raise IncompatibleError(
-                    f"experts, convolutions and biases of {site.dialect} adapters have no "
-                    f"counterpart in {to}",
+                    f"--to {to}: experts, convolutions and biases of {site.dialect} adapters have "
+                    "no counterpart there",
                     module=stem,
                 )
         return {stem: stem for stem in stems}

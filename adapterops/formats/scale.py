@@ -89,7 +89,7 @@ class ScaleFinder:
         value = casts.number(ref.raw(), ref.dtype)
         if not math.isfinite(value):
             raise FormatError(f"{ref.name!r} is {value}", path=self._path)
-        if value == 0.0:
+        if value == 0.0 and site.dim:
             raise IncompatibleError(
                 "alpha is 0, which some loaders read as alpha = rank and others as no effect",
                 path=self._path,
