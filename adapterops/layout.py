@@ -16,7 +16,7 @@ from adapterops import casts
 from adapterops.casts import FORMATS
 from adapterops.errors import IncompatibleError, UsageError
 from adapterops.extras import Extra
-from adapterops.formats import cloneofsimo, diffusers, kohya, mlx, peft, xlabs
+from adapterops.formats import cloneofsimo, diffusers, kohya, mlx, peft, peft_config, xlabs
 from adapterops.formats.model import AdapterFile, Site
 from adapterops.formats.names import DIRECTORIES
 from adapterops.plan import Module, Plan
@@ -275,16 +275,17 @@ def _config(plan: Plan, rank: int, extras: Sequence[Extra], copy: bool) -> dict[
     owners = {site.owner for site in sites if site.owned}
     targets = [stem for stem, site in zip(stems, sites, strict=True) if not site.owned]
     configs = [] if plan.left_out else [file.config for file in plan.live]
-    config = peft.write_config(
+    named = peft_config.target_modules(targets, configs, keep_extras=bool(extras))
+    config = peft_config.write_config(
         {**first.config, **_extras_config(plan.live)},
         base,
         sizes,
-        targets=peft.target_modules(targets, configs, keep_extras=bool(extras)) if targets else [],
+        targets=named if targets else [],
         keep_extras=bool(extras),
         bias=bool(_biased(plan)),
     )
     if owners:
-        config["target_parameters"] = peft.target_parameters(
+        config["target_parameters"] = peft_config.target_parameters(
             [file.config for file in plan.live], owners
         )
     if copy:
@@ -310,7 +311,7 @@ def _check_heads(plan: Plan, extras: Sequence[Extra]) -> None:
 def _extras_config(files: Sequence[AdapterFile]) -> dict[str, Any]:
     """What a loader must be told about the extras of several inputs: heads, biases, tokens."""
     configs = [file.config for file in files]
-    heads = {str(name) for config in configs for name in config.get("modules_to_save") or ()}
+    heads = {str(name) for config in configs for name in peft.listed(config, "modules_to_save")}
     biases = [config["bias"] for config in configs if config.get("bias") in peft.BIASES]
     tokens = [
         config["trainable_token_indices"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +29,7 @@ from adapterops.errors import (
     OutputExistsError,
     UsageError,
 )
-from adapterops.extras import Extra, extras_by_name, plan_extras
+from adapterops.extras import extras_by_name, plan_extras
 from adapterops.files.header import Entry, encode_header, layout
 from adapterops.files.output import (
     PROVENANCE_KEY,
@@ -38,18 +37,17 @@ from adapterops.files.output import (
     is_our_sidecar,
     stage,
 )
-from adapterops.files.writer import TensorWriter
 from adapterops.formats import kohya, peft
 from adapterops.formats.model import AdapterFile
 from adapterops.formats.names import DIRECTORIES
 from adapterops.layout import Layout, output_path, plan_output, sidecar_name, weights_name
 from adapterops.linalg import Spectrum
 from adapterops.options import compute, parse_size
-from adapterops.placement import Placement
 from adapterops.plan import Plan
 from adapterops.provenance import Origin, Provenance, file_sha256, given_alphas, labels
 from adapterops.ranks import Ranks
 from adapterops.stream import Compute
+from adapterops.writing import write
 
 _RESERVE = 512
 
@@ -173,7 +171,7 @@ def _save(
     with stage(out, directory=directory, overwrite=options.overwrite) as target:
         name = weights_name(plan.dialect) if directory else target.final.name
         writer = target.tensors(name, entries, size - _data_size(entries))
-        figures, dense = _write(plan, form, extras, writer, copy, rank, on, options)
+        figures, dense = write(plan, form, extras, writer, copy, rank, on, options.progress)
         report = certify(plan, figures, dense, rank, provenance)
         report = replace(
             report,
@@ -280,62 +278,6 @@ def _file_size(entries: dict[str, Entry], metadata: dict[str, str]) -> int:
     """Bytes of the finished file: the header's reserve holds what is only known at the end."""
     header = len(encode_header(entries, metadata)) + _RESERVE
     return -(-header // 8) * 8 + _data_size(entries)
-
-
-def _write(
-    plan: Plan,
-    form: Layout,
-    extras: Sequence[Extra],
-    writer: TensorWriter,
-    copy: bool,
-    rank: int,
-    on: Compute,
-    options: Options,
-) -> tuple[list[Figures], list[Figures]]:
-    """Stream every tensor to its place; what is kept are figures, of modules and of full deltas."""
-    for extra in extras:
-        writer.put(extra.name, extra.read())
-    for name, data in form.constants.items():
-        writer.put(name, data)
-    if copy:
-        return _write_copy(plan, form, writer, on, options)
-    dense: list[Figures] = []
-    with closing(passes.dense(plan, on)) as sums:
-        for delta in sums:
-            writer.put(delta.name, delta.data)
-            dense.append(delta.figures)
-    place = Placement(writer, form)
-    rows = {module.stem: module.shape[0] for module in plan.modules}
-    figures: dict[str, Figures] = {}
-    with closing(passes.pieces(plan, rank, on, options.progress)) as results:
-        for piece in results:
-            slots = form.roles[piece.stem]
-            place.put(slots, "B", piece.B, rows[piece.stem])
-            place.put(slots, "A", piece.A, rank)
-            if piece.bias is not None:
-                place.put(slots, "bias", piece.bias, 1)
-            figures[piece.stem] = piece.figures
-    return [figures[module.stem] for module in plan.modules], dense
-
-
-def _write_copy(
-    plan: Plan, form: Layout, writer: TensorWriter, on: Compute, options: Options
-) -> tuple[list[Figures], list[Figures]]:
-    """The tensors of the only input as they are, each once, and the figures of its modules."""
-    source = plan.live[0].tensors
-    sources = {
-        slot.name: source[module.parts[0].site.parts[role].name]
-        for module in plan.modules
-        for role, slot in form.roles[module.stem].items()
-    }
-    sources |= {delta.name: delta.parts[0].ref for delta in plan.deltas}
-    for name, ref in sources.items():
-        writer.put(name, ref.raw().data)
-    with closing(passes.dense(plan, on)) as sums:
-        dense = [replace(delta.figures, storage=0.0, total=0.0) for delta in sums]
-    with closing(passes.measures(plan, on, options.progress)) as results:
-        figures = dict(results)
-    return [figures[module.stem] for module in plan.modules], dense
 
 
 def _hints(

@@ -75,7 +75,7 @@ def read_adapter(
             problems += _collected(
                 peft.check_supported, diffusers.component_config(text, part), where
             )
-    if not tensors.groups and not tensors.deltas and not problems:
+    if not refs or not (tensors.groups or tensors.deltas or problems):
         raise not_an_adapter(refs, place.weights)
     sites, wrong = make_sites(tensors.groups, dialects, config or embedded, place.weights)
     problems += wrong

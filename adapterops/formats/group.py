@@ -137,7 +137,7 @@ def style_of(groups: Mapping[str, Group], dialects: Mapping[str, str]) -> str:
             continue
         part = diffusers.component(diffusers.canonical(stem))
         if styles.get(part) in (None, "lora"):
-            bare = module.spelling == "peft" and stem != diffusers.canonical(stem)
+            bare = module.spelling == "peft" and part and not diffusers.component(stem)
             styles[part] = "bare" if bare else module.spelling
     return " ".join(f"{part}={style}" for part, style in sorted(styles.items()))
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from adapterops.errors import FormatError, UnsafeFileError, UnsupportedError
@@ -21,10 +20,9 @@ CONFIG = "adapter_config.json"
 KINDS = ("LORA", "LOHA", "LOKR", "ADALORA")  # values of `peft_type` that have a low-rank delta
 BIASES = ("none", "lora_only", "all")  # values of `bias`, each trains what those before it do
 
-# For these PEFT expects a saved head in the file, whatever `modules_to_save` says.
-_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # Initialisations whose tensors are relative to a changed base; the others leave the base alone.
 _MOVED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_LISTS = ("modules_to_save", "target_parameters", "enable_lora")
 _REFUSED_FIELDS = {
     "use_dora": ("DoRA", "bake it into the base and extract a LoRA from the result"),
     "alora_invocation_tokens": (
@@ -39,6 +37,12 @@ _REFUSED_FIELDS = {
     "monteclora_config": ("MonteCLoRA", "its factors are sampled"),
     "velora_config": ("VeLoRA", "its factors are compressed"),
 }
+
+
+def listed(config: Mapping[str, Any], name: str) -> list[Any]:
+    """A list in the config, empty where there is none or something else."""
+    value = config.get(name)
+    return value if isinstance(value, list) else []
 
 
 def read_config(text: bytes | str, path: str) -> dict[str, Any]:
@@ -63,13 +67,17 @@ def read_config(text: bytes | str, path: str) -> dict[str, Any]:
 
 def check_supported(config: Mapping[str, Any], path: str) -> None:
     """Raise UnsupportedError for a config whose adapter is not B·A on an unchanged base."""
-    kind = str(config.get("peft_type", "LORA")).upper()
+    kind = str(config.get("peft_type") or "LORA").upper()
     if kind not in KINDS:
         raise UnsupportedError(
             f"this is a {kind} adapter, not a LoRA",
             path=path,
             hint=f"read are {', '.join(sorted(KINDS))}",
         )
+    for name in _LISTS:
+        value = config.get(name)
+        if value is not None and not isinstance(value, list):
+            raise FormatError(f"{name} in the config is {value!r}, not a list", path=path)
     for name, (what, way) in _REFUSED_FIELDS.items():
         if config.get(name):
             raise UnsupportedError(
@@ -86,8 +94,8 @@ def check_supported(config: Mapping[str, Any], path: str) -> None:
 
 
 # Repetition of a repetition, such as (a+)+, is how a pattern is made to run for ever.
-_NESTED = re.compile(r"[*+}]\)[*+{]")
-_LONGEST_PATTERN = 1000
+NESTED = re.compile(r"[*+}]\)[*+{]")
+LONGEST_PATTERN = 1000
 
 
 class Scales:
@@ -101,7 +109,7 @@ class Scales:
         self, config: Mapping[str, Any], path: str, notes: list[str] | None = None
     ) -> None:
         self._path = path
-        kind = str(config.get("peft_type", "LORA")).upper()
+        kind = str(config.get("peft_type") or "LORA").upper()
         self._pruned = kind == "ADALORA"
         self._ranks = [] if self._pruned else _patterns(config, "rank_pattern", path)
         self._alphas = [] if self._pruned else _patterns(config, "alpha_pattern", path)
@@ -170,7 +178,7 @@ def _patterns(
         raise FormatError(f"{name} in the config is not a JSON object", path=path)
     result = []
     for pattern in value:
-        if len(pattern) > _LONGEST_PATTERN or _NESTED.search(pattern):
+        if len(pattern) > LONGEST_PATTERN or NESTED.search(pattern):
             raise UnsafeFileError(
                 f"{name} {pattern[:80]!r} could take forever to match (nested repetition)",
                 path=path,
@@ -231,133 +239,3 @@ def names(module: str, layer: str) -> dict[str, str]:
         "B": f"{PREFIX}{module}.lora_B.weight",
         "bias": f"{PREFIX}{module}.lora_B.bias",
     }
-
-
-def write_config(
-    source: Mapping[str, Any],
-    base: str | None,
-    modules: Mapping[str, tuple[int, float]],
-    *,
-    targets: list[str] | str,
-    keep_extras: bool,
-    bias: bool,
-) -> dict[str, Any]:
-    """A minimal config that old PEFT, vLLM and SGLang parse: module -> (rank, alpha).
-
-    Ranks and alphas that differ from the commonest become exact, anchored patterns, which mean the
-    same in whatever order JSON keeps them. Fields appear only where some loader needs them.
-    """
-    sizes = {target_path(module): size for module, size in modules.items()}
-    rank, alpha = Counter(sizes.values()).most_common(1)[0][0] if sizes else (1, 1.0)
-    task = source.get("task_type")
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": task if keep_extras or task not in _TASKS_WITH_HEADS else None,
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": _integral(alpha),
-        "lora_dropout": 0.0,
-        "bias": (source.get("bias") or "none") if keep_extras else "none",
-        "fan_in_fan_out": bool(source.get("fan_in_fan_out")),
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "target_modules": targets,
-        "modules_to_save": (source.get("modules_to_save") or None) if keep_extras else None,
-        "rank_pattern": {_anchor(m): r for m, (r, _) in sorted(sizes.items()) if r != rank},
-        "alpha_pattern": {
-            _anchor(m): _integral(a) for m, (_, a) in sorted(sizes.items()) if a != alpha
-        },
-    }
-    if source.get("auto_mapping"):
-        config["auto_mapping"] = source["auto_mapping"]
-    if keep_extras and source.get("trainable_token_indices"):
-        config["trainable_token_indices"] = source["trainable_token_indices"]
-    if bias:
-        config["lora_bias"] = True
-    return config
-
-
-def target_parameters(configs: Sequence[Mapping[str, Any]], owners: Collection[str]) -> list[str]:
-    """The inputs' `target_parameters` that concern these modules."""
-    given = {str(entry) for config in configs for entry in config.get("target_parameters") or ()}
-    parents = {entry: entry.rpartition(".")[0] for entry in given}
-    return sorted(
-        entry
-        for entry, parent in parents.items()
-        if not parent or any(_targets(parent, owner) for owner in owners)
-    )
-
-
-def target_modules(
-    modules: Sequence[str], configs: Sequence[Mapping[str, Any]], *, keep_extras: bool
-) -> list[str] | str:
-    """`target_modules` for these modules: short names, full paths, or a regular expression.
-
-    The short names that the inputs were trained with, where they cover the modules and nothing
-    narrows them; otherwise full paths. Some engines parse no expression, so one is written only
-    where full paths cannot work: it was the inputs' own and transformers has since renamed the
-    modules (PEFT renames the tensors' keys on load, but not the targets). Saved heads narrow too
-    (their layers are no targets), unless the output saves the same ones.
-    """
-    narrowing = ["layers_to_transform", "exclude_modules"]
-    if not keep_extras or len({str(config.get("modules_to_save")) for config in configs}) > 1:
-        narrowing.append("modules_to_save")
-    paths = sorted({target_path(module) for module in modules})
-    if not configs or any(config.get(name) for config in configs for name in narrowing):
-        return _exactly(paths)
-    given = [config.get("target_modules") for config in configs]
-    if all(isinstance(item, list) for item in given):
-        names = {str(name) for item in given for name in item or ()}
-        used = {name for name in names if any(_targets(name, path) for path in paths)}
-        covered = all(any(_targets(name, path) for name in used) for path in paths)
-        return sorted(used) if used and covered else _exactly(paths)
-    renamed = any(_RENAMED.match(path) for path in paths)
-    if renamed and all(isinstance(item, list | str) for item in given):
-        pattern = _joined([item for item in given if item])
-        if _matches_all(pattern, paths):
-            return pattern
-    return _exactly(paths)
-
-
-# Vision-language models saved before transformers 5; today these start with `model.`.
-_RENAMED = re.compile(r"(language_model\.model|vision_tower|multi_modal_projector|visual)\.")
-
-
-def _exactly(paths: list[str]) -> list[str] | str:
-    """Full paths; PEFT also takes a name for the end of a path, unless it is an expression."""
-    if all("." in path for path in paths):
-        return paths
-    return "|".join(re.escape(path) for path in paths)
-
-
-def _joined(given: Sequence[list[Any] | str]) -> str:
-    """One expression for several; a listed name matches at the end of a path."""
-    parts = [
-        item if isinstance(item, str) else rf"(.*\.)?({'|'.join(re.escape(str(n)) for n in item)})"
-        for item in given
-    ]
-    distinct = list(dict.fromkeys(parts))
-    return distinct[0] if len(distinct) == 1 else "|".join(f"({part})" for part in distinct)
-
-
-def _matches_all(pattern: str, paths: Sequence[str]) -> bool:
-    if len(pattern) > _LONGEST_PATTERN or _NESTED.search(pattern):
-        return False
-    try:
-        compiled = re.compile(pattern)
-    except re.error:
-        return False
-    return all(compiled.fullmatch(path) for path in paths)
-
-
-def _targets(name: str, module: str) -> bool:
-    return module == name or module.endswith("." + name)
-
-
-def _anchor(module: str) -> str:
-    return "^" + re.escape(module)
-
-
-def _integral(value: float) -> int | float:
-    return int(value) if float(value).is_integer() else value

@@ -91,8 +91,8 @@ def _sites(
             "PEFT multiplies the full lokr_w2 of a Conv1d by lokr_w1 along the wrong axes; what "
             "this adapter does has no low-rank form"
         )
-    enabled = tuple(map(bool, config.get("enable_lora") or ())) if kind == "merged_linear" else ()
-    return [_site(name, module, dialect, kind, enabled)]
+    enabled = tuple(map(bool, peft.listed(config, "enable_lora")))
+    return [_site(name, module, dialect, kind, enabled if kind == "merged_linear" else ())]
 
 
 def _no_kind(roles: frozenset[str], module: Group) -> AdapterOpsError:
@@ -119,7 +119,7 @@ def _merged_linear(module: Group, dialect: str, config: Mapping[str, Any]) -> st
     """Whether a pair is one of loralib's fused projections: those have a 3-D B beside a 2-D A."""
     if len(_shape(module, "A")) != 2 or len(_shape(module, "B")) != 3:
         return "lora"
-    if not config.get("enable_lora"):
+    if not peft.listed(config, "enable_lora"):
         raise UnsupportedError(
             f"B of shape {list(_shape(module, 'B'))} beside A of {list(_shape(module, 'A'))} is an "
             "old MergedLinear LoRA, and no config says which of its slots were trained "
@@ -240,7 +240,7 @@ def _experts(
 def _owned(owner: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of a module's parameters that the config adapts."""
     owned = []
-    for entry in config.get("target_parameters") or ():
+    for entry in peft.listed(config, "target_parameters"):
         parent, _, parameter = str(entry).rpartition(".")
         if not parent or owner == parent or owner.endswith(f".{parent}"):
             owned.append(parameter)
