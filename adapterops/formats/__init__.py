@@ -71,7 +71,7 @@ def read_adapter(
     if shared and (embedded or not _belongs(config, tensors, dialects, place)):
         config, shared = {}, False  # of another file in the same folder
     for text, where in ((config, place.config), (embedded, place.weights)):
-        for part in ("", *diffusers.COMPONENTS) if text else ():
+        for part in diffusers.components(text) if text else ():
             problems += _collected(
                 peft.check_supported, diffusers.component_config(text, part), where
             )

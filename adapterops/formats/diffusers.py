@@ -80,6 +80,12 @@ def names(stem: str, spelling: str) -> dict[str, str]:
     return {"A": f"{middle}.down.weight", "B": f"{middle}.up.weight"}
 
 
+def components(config: Mapping[str, Any]) -> list[str]:
+    """The components that a config speaks of, "" for what it says of none."""
+    named = {key.partition(".")[0] for key in config if "." in key}
+    return ["", *(part for part in COMPONENTS if part in named)]
+
+
 def component_config(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     """The part of a component-prefixed config that belongs to one component."""
     if not part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,32 +56,40 @@ def locate(path: str | os.PathLike[str]) -> Located:
 
     Raises FileError if there is nothing, FormatError if a directory holds no adapter or several.
     """
-    given = Path(path)
-    try:
-        if given.is_dir():
-            return _in_directory(given)
-    except FileError:
-        raise
-    except OSError as error:
-        raise unreadable(os.fspath(path), error) from None
+    given = os.fspath(Path(path))
+    if _is_directory(given):
+        return _in_directory(given)
     LocalFile(given)  # raises where it is missing or unreadable
-    config, shared = _sibling_config(given)
-    return Located(os.fspath(given), config, shared)
+    config, shared = _sibling_config(Path(given))
+    return Located(given, config, shared)
 
 
-def _in_directory(directory: Path) -> Located:
-    found = [directory / name for name in _WEIGHTS if (directory / name).is_file()]
+def _is_directory(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False  # opening it as a file says what is wrong
+
+
+def _in_directory(directory: str) -> Located:
+    try:
+        names = set(os.listdir(directory))
+    except OSError as error:
+        raise unreadable(directory, error) from None
+    found = [name for name in _WEIGHTS if name in names and _is_file(directory, name)]
     if not found:
-        found = sorted(p for p in directory.glob("*.safetensors") if p.is_file())
+        found = sorted(
+            name for name in names if name.endswith(".safetensors") and _is_file(directory, name)
+        )
         if len(found) > 1:
-            names = ", ".join(p.name for p in found[:4])
             raise FormatError(
-                f"holds {len(found)} safetensors files ({names}, …) and no {peft.WEIGHTS}",
+                f"holds {len(found)} safetensors files ({', '.join(found[:4])}, …) and no "
+                f"{peft.WEIGHTS}",
                 path=directory,
                 hint="name one of the files",
             )
     if not found:
-        inside = sorted(p.parent.name for p in directory.glob(f"*/{peft.WEIGHTS}"))
+        inside = sorted(p.parent.name for p in Path(directory).glob(f"*/{peft.WEIGHTS}"))
         raise FormatError(
             f"is not an adapter: the directory holds no {peft.WEIGHTS}",
             path=directory,
@@ -88,17 +97,21 @@ def _in_directory(directory: Path) -> Located:
         )
     weights, *others = found
     notes = [
-        f"{directory}: {weights.name} is read; {other.name} beside it may be another adapter"
+        f"{directory}: {weights} is read; {other} beside it may be another adapter"
         for other in others
     ]
-    config = directory / peft.CONFIG
+    has_config = peft.CONFIG in names and _is_file(directory, peft.CONFIG)
     return Located(
-        os.fspath(weights),
-        os.fspath(config) if config.is_file() else None,
+        os.path.join(directory, weights),
+        os.path.join(directory, peft.CONFIG) if has_config else None,
         False,
-        tuple(name for name in SIDE_FILES if (directory / name).is_file()),
+        tuple(name for name in SIDE_FILES if name in names and _is_file(directory, name)),
         tuple(notes),
     )
+
+
+def _is_file(directory: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(directory, name))
 
 
 def _sibling_config(file: Path) -> tuple[str | None, bool]:

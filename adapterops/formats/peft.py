@@ -132,6 +132,8 @@ class Scales:
         """
         if self._pruned and self._rank is not None and actual <= self._rank:
             return float(actual)
+        if not self._ranks:
+            return self._rank
         path = target_path(module)
         values = [value for pattern, value in self._ranks if pattern.match(path)]
         if actual in values:
@@ -140,7 +142,9 @@ class Scales:
 
     def alpha(self, module: str) -> float:
         """The alpha of `module`; only where `known`."""
-        alpha = self._match(self._alphas, module, "alpha_pattern", self._alpha)
+        alpha = self._alpha
+        if self._alphas:
+            alpha = self._match(self._alphas, module, "alpha_pattern", alpha)
         assert alpha is not None
         return alpha
 

@@ -36,10 +36,9 @@ class ScaleFinder:
 
     def add_config(self, config: Mapping[str, Any], where: str) -> None:
         """Take `config` for a source of scales; a diffusers config has a part per component."""
-        parts = {key.partition(".")[0] for key in config if "." in key}
         scales = {
             part: peft.Scales(diffusers.component_config(config, part), where, self.notes)
-            for part in ("", *(part for part in diffusers.COMPONENTS if part in parts))
+            for part in diffusers.components(config)
         }
         self._configs.append((where, scales))
         self._mlx += mlx.scales(config, where)
@@ -48,25 +47,19 @@ class ScaleFinder:
         """The site with its scale and where it came from."""
         if self._alpha is not None and self._alpha_wins:
             return _given(site, self._alpha)
-        found = [
-            replace(site, scale=scale, alpha=alpha, scale_from=origin)
-            for scale, alpha, origin in (
-                *self._from_tensor(site),
-                *self._from_config(site),
-                *self._from_header(site),
-            )
-        ]
-        for other in found[1:]:
-            if not math.isclose(other.scale, found[0].scale, rel_tol=_tolerance(site)):
+        found = [*self._from_tensor(site), *self._from_config(site), *self._from_header(site)]
+        for scale, _, origin in found[1:]:
+            if not math.isclose(scale, found[0][0], rel_tol=_tolerance(site)):
                 raise IncompatibleError(
-                    f"two scales disagree: {found[0].scale:.6g} by {found[0].scale_from}, "
-                    f"{other.scale:.6g} by {other.scale_from}",
+                    f"two scales disagree: {found[0][0]:.6g} by {found[0][2]}, "
+                    f"{scale:.6g} by {origin}",
                     path=self._path,
                     module=site.stem,
                     hint=f"say which with --alpha {self._path}=X",
                 )
         if found:
-            return found[0]
+            scale, alpha, origin = found[0]
+            return replace(site, scale=scale, alpha=alpha, scale_from=origin)
         if self._alpha is not None:
             return _given(site, self._alpha)
         if site.dialect in ("peft", "mlx"):
@@ -128,7 +121,7 @@ class ScaleFinder:
             yield scales.scale(module, rank), scales.alpha(module), origin
 
     def _from_header(self, site: Site) -> Iterator[_Scale]:
-        if not site.dim:
+        if not site.dim or not self._metadata:
             return
         if site.dialect == "kohya":
             spatial = any(extent != 1 for extent in site.kernel)
