@@ -92,13 +92,18 @@ def _named_pairs(items: list[Any], torch: Any) -> dict[str, Any] | list[Any]:
     if len(items) % 2 or not items or not all(isinstance(item, torch.Tensor) for item in items):
         return items
     ups, downs = items[::2], items[1::2]
-    if any(
-        up.dim() < 2 or down.dim() < 2 or up.shape[1] != down.shape[0]
-        for up, down in zip(ups, downs, strict=True)
-    ):
+    if not all(_is_pair(up, down) for up, down in zip(ups, downs, strict=True)):
         return items
     pairs = {f"list:{index}:up": up for index, up in enumerate(ups)}
     return {**pairs, **{f"list:{index}:down": down for index, down in enumerate(downs)}}
+
+
+def _is_pair(up: Any, down: Any) -> bool:
+    """Whether two tensors multiply as up (out, r) and down (r, in), with a rank that is low."""
+    if up.dim() < 2 or down.dim() < 2 or up.shape[1] != down.shape[0]:
+        return False
+    rank: int = up.shape[1]
+    return rank <= min(up.shape[0], down.shape[1:].numel())
 
 
 def _is_named_tensor(key: Any, value: Any, torch: Any) -> bool:
