@@ -149,8 +149,7 @@ def _expand_lokr(v: Mapping[str, Array], enabled: Sequence[bool]) -> tuple[Array
         else:
             sides.append(_factors(v, f"{name}_a", f"{name}_b", f"kt{name[-1]}"))
     (left_1, right_1), (left_2, right_2) = sides
-    xp = namespace(left_1)
-    return xp.kron(left_1, left_2), xp.kron(right_1, right_2)
+    return _kron(left_1, left_2), _kron(right_1, right_2)
 
 
 def _measure_adalora(shapes: Shapes, enabled: Sequence[bool]) -> Measure:
@@ -226,6 +225,12 @@ def _split(full: Array) -> tuple[Array, Array]:
     identity = xp.zeros_like(full[:side, :side])
     identity[range(side), range(side)] = 1.0
     return (full, identity) if columns <= rows else (identity, full)
+
+
+def _kron(a: Array, b: Array) -> Array:
+    """a ⊗ b; torch's own cannot take the transposed views that occur here."""
+    product = a[:, None, :, None] * b[None, :, None, :]
+    return product.reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
 
 
 def _flat(values: Array) -> Array:
