@@ -234,7 +234,7 @@ def _is_copy(plan: Plan, options: Options) -> bool:
         and all(
             len(module.parts) == 1
             and module.parts[0].coefficient == module.parts[0].site.scale
-            and module.parts[0].site.kind == "lora"
+            and (module.parts[0].site.kind == "lora" or plan.dialect not in DIRECTORIES)
             for module in plan.modules
         )
         and not any(delta.factors for delta in plan.deltas)

@@ -4,7 +4,7 @@ Each kind is two functions. `measure` knows shapes only: it checks that the tens
 says how large ΔW is. `expand` computes B (m, r) and A (r, n) in float64, the scale left out.
 
 Entries of an expansion are products of two stored numbers, which float64 holds exactly for 16- and
-32-bit inputs; only Tucker cores add up such products.
+32-bit inputs; only Tucker cores add up such products, and halves in an extreme gauge are made anew.
 
 - lora: Hu et al. 2021 (arXiv 2106.09685). A of a convolution is flattened to (r, channels·kernel).
 - tucker ("CP", `lora_mid`): ΔW[o,i,·] = Σ up[o,p]·mid[p,q,·]·down[q,i] (Tucker-2).
@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from adapterops import linalg
 from adapterops.arrays import Array, namespace
 from adapterops.errors import FormatError, UnsupportedError
 
@@ -205,9 +206,20 @@ def _side(shapes: Shapes, a: str, b: str, core: str) -> Measure:
 
 
 def _factors(v: Mapping[str, Array], a: str, b: str, core: str) -> tuple[Array, Array]:
-    if core in v:
-        return v[a].mT, _core_times(v[core], v[b])
-    return v[a], _flat(v[b])
+    left, right = (v[a].mT, _core_times(v[core], v[b])) if core in v else (v[a], _flat(v[b]))
+    return _balanced(left, right)
+
+
+def _balanced(left: Array, right: Array) -> tuple[Array, Array]:
+    """The same product from columns that do not cancel.
+
+    A product of two halves squares what their gauges amplify: two of condition 1e6 would leave
+    four digits. Where columns cancel so far, each half is refactored on its own first.
+    """
+    if not linalg.cores(left[None], right[None])[0].cancels:
+        return left, right
+    result = linalg.truncate(left[None], right[None], left.shape[1])[0]
+    return result.B, result.A
 
 
 def _core_times(core: Array, right: Array) -> Array:

@@ -56,9 +56,11 @@ _UNET = list(_VOCABULARIES)[:2]
 _FLUX = list(_VOCABULARIES)[2:5]
 _NUMBERS = list(_VOCABULARIES)[5:]
 _APART = [_UNET, _FLUX, _NUMBERS + _UNET[:1], _NUMBERS + _UNET[1:]]
-_FUSED = re.compile(r"(?P<parent>.*?_|)(qkv|qkv_proj|to_qkv|in_proj|gate_up_proj)$")
+_FUSED = re.compile(
+    r"(?P<parent>.*?_|)(qkv|qkv_proj|to_qkv|in_proj|c_attn|query_key_value|gate_up_proj)$"
+)
 _SPLIT = re.compile(
-    r"(?P<parent>.*?_|)(to_q|to_k|to_v|q_proj|k_proj|v_proj|q|k|v|gate_proj|up_proj)$"
+    r"(?P<parent>.*?_|)(to_[qkv]|[qkv]_proj|[qkv]|query|key|value|gate_proj|up_proj)$"
 )
 
 
