@@ -423,14 +423,72 @@ REFUSED = (
 )
 
 
+# What a kind is called in the table, and which dialects' files can hold it at all.
+KIND_NAMES = {
+    "lora": "LoRA, LoCon",
+    "tucker": "CP/Tucker LoCon (lora_mid)",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "adalora": "AdaLoRA",
+    "merged_linear": "old MergedLinear",
+    "experts": "experts (target_parameters, switch layers)",
+    "full": "full deltas (.diff, .diff_b, .w_norm, .b_norm)",
+    "dora": "DoRA",
+}
+COLUMNS = ("peft", "kohya", "diffusers", "mlx", "xlabs", "cloneofsimo")
+
+
+def wild_rows() -> list[tuple[str, str, str]]:
+    """(dialect, case, kind) of the cases of the oracles, each a test's parameter."""
+    from tests import kinds, test_deltas, test_kinds_peft, test_mlx, test_moe, test_wild_dialects
+
+    rows = [*kinds.rows(), *test_kinds_peft.rows()]
+    rows += [(dialect, title, "experts") for dialect, title, _ in test_moe.rows()]
+    for dialect, title, kind in test_mlx.rows():
+        rows.append((dialect, title, "experts" if "switch" in title else kind))
+    rows += test_wild_dialects.rows()
+    rows += [("kohya", title, "full") for title in test_deltas.CASES]
+    return rows
+
+
+def matrix() -> list[str]:
+    """Kind x dialect, from the cases."""
+    found = {(kind, dialect) for dialect, _, kind in wild_rows()}
+    found |= {("lora", dialect) for dialect in ("peft", "kohya", "diffusers", "xlabs")}
+    recognised = {("dora", dialect) for dialect in ("peft", "kohya", "diffusers", "mlx")}
+    lines = [f"| kind | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for kind, name in KIND_NAMES.items():
+        cells = [
+            "yes"
+            if (kind, dialect) in found
+            else "recognised, refused"
+            if (kind, dialect) in recognised
+            else "–"
+            for dialect in COLUMNS
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def table() -> str:
     """The Markdown of tests/dialects.md."""
     lines = [
-        "# Dialects and kinds of layer",
+        "# Dialects and kinds of adapter",
         "",
         "Written by `python -m tests.dialects > tests/dialects.md`; every row is a test's case.",
         "",
-        "| dialect | layer or feature | read | merged | written | reloaded by |",
+        "## Kind x dialect",
+        "",
+        *matrix(),
+        "",
+        "yes: read, merged, and written as LoRA in the same dialect (full deltas as such); "
+        "–: no tool writes such a file. kohya stands for all names with kohya's or LyCORIS' "
+        "suffixes: `lora_unet_`, `lora_te_`, `lora_transformer_`, `lycoris_`, `lora_unet__`, "
+        "`diffusion_model.`; diffusers for all with `lora_A`/`lora_B` or `lora.down`, also bare.",
+        "",
+        "## Layers and features",
+        "",
+        "| dialect | layer or feature | read | merged | written | judged by |",
         "|---|---|---|---|---|---|",
     ]
     rows = [("peft", case.kind, "PEFT") for case in PEFT]
@@ -440,7 +498,19 @@ def table() -> str:
     lines += [f"| {dialect} | {kind} | yes | yes | yes | {by} |" for dialect, kind, by in rows]
     lines += [
         "",
-        "`dense` means: the file's own tensors and alphas, multiplied out in float64.",
+        "`dense` means: the file's own tensors and alphas, multiplied out in float64; PEFT and "
+        "diffusers reload the result.",
+        "",
+        "## Kinds and wild names",
+        "",
+        "Judged by dense float64 and by the library that makes them: PEFT's `get_delta_weight`, "
+        "LyCORIS' functional API and modules, diffusers' conversion functions.",
+        "",
+        "| dialect | case | kind |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {dialect} | {title} | {kind} |" for dialect, title, kind in wild_rows()]
+    lines += [
         "",
         "## Refused by name",
         "",

@@ -30,6 +30,7 @@ WAN: Mapping[str, tuple[int, ...]] = {
     "diffusion_model.blocks.0.self_attn.q.diff_b": (24,),
     "diffusion_model.patch_embedding.diff": (16, 4, 1, 2, 2),
 }
+CASES = {"beside LoCon: weights, biases, norms": SHAPES, "beside LoRA, Wan": WAN}
 PAIR = f"{UNET}q"  # a plain pair that every file holds
 WEIGHTS = [(0.7, 0.3), (-1.5, 0.4), (1.0, 0.0)]
 
@@ -85,7 +86,7 @@ def assert_same(
 
 
 class TestReading:
-    @pytest.mark.parametrize("shapes", [SHAPES, WAN], ids=["kohya", "Wan"])
+    @pytest.mark.parametrize("shapes", CASES.values(), ids=CASES)
     def test_are_neither_sites_nor_extras(
         self, shapes: Mapping[str, tuple[int, ...]], tmp_path: Path
     ) -> None:
@@ -145,7 +146,7 @@ class TestReading:
 
 class TestMerging:
     @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-    @pytest.mark.parametrize("shapes", [SHAPES, WAN], ids=["kohya", "Wan"])
+    @pytest.mark.parametrize("shapes", CASES.values(), ids=CASES)
     def test_the_sum_is_elementwise(
         self, shapes: Mapping[str, tuple[int, ...]], weights: tuple[float, float], tmp_path: Path
     ) -> None:

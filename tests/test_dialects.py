@@ -2,7 +2,17 @@
 
 from pathlib import Path
 
-from tests.dialects import DIFFUSERS, EXTRAS, KOHYA, PEFT, REFUSED, table
+from adapterops.formats.kinds import KINDS
+from tests.dialects import (
+    DIFFUSERS,
+    EXTRAS,
+    KIND_NAMES,
+    KOHYA,
+    PEFT,
+    REFUSED,
+    table,
+    wild_rows,
+)
 
 FILE = Path(__file__).with_name("dialects.md")
 
@@ -13,6 +23,12 @@ def test_the_table_is_current() -> None:
 
 def test_no_two_rows_are_the_same() -> None:
     rows = [line for line in table().splitlines() if line.startswith("| ")]
-    headings = 2
-    assert len(rows) == headings + sum(map(len, (PEFT, EXTRAS, KOHYA, DIFFUSERS, REFUSED)))
+    headings = 4
+    cases = sum(map(len, (PEFT, EXTRAS, KOHYA, DIFFUSERS, REFUSED, KIND_NAMES, wild_rows())))
+    assert len(rows) == headings + cases
     assert len(rows) == len(set(rows))
+
+
+def test_every_kind_that_is_read_has_a_row() -> None:
+    judged = {kind for _, _, kind in wild_rows()}
+    assert {*KINDS, "experts", "full"} <= judged
