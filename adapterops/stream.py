@@ -54,7 +54,8 @@ def run(jobs: Iterable[Job[T]], on: Compute) -> Generator[T, None, None]:
     """
     pending: deque[tuple[Job[T], Future[T]]] = deque()
     flying = 0
-    with _one_blas_thread(on.device), ThreadPoolExecutor(max(1, on.threads)) as pool:
+    with _one_blas_thread(on.device):
+        pool, wait = ThreadPoolExecutor(max(1, on.threads)), True
         try:
             for job in jobs:
                 while pending and (flying + job.peak > on.memory or len(pending) > 2 * on.threads):
@@ -66,9 +67,11 @@ def run(jobs: Iterable[Job[T]], on: Compute) -> Generator[T, None, None]:
             while pending:
                 done, future = pending.popleft()
                 yield _result(done, future)
+        except KeyboardInterrupt:
+            wait = False  # a signal may have struck within the pool's own locks
+            raise
         finally:
-            for _, future in pending:
-                future.cancel()
+            pool.shutdown(wait=wait, cancel_futures=True)
 
 
 def _submit(pool: ThreadPoolExecutor, job: Job[T]) -> Future[T]:

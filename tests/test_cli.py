@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -13,8 +14,6 @@ import numpy as np
 import pytest
 
 import adapterops
-from adapterops.cli.merge import command
-from adapterops.verbs.merge import merge
 from tests.support import dense, distance, pairs, read_kohya, read_peft, weighted, write_kohya
 from tests.support import write_peft as write
 
@@ -286,8 +285,19 @@ def test_provenance_has_hashes_and_no_paths(two):
         assert str(two) not in path.read_text(errors="replace")
 
 
-def test_options_are_the_functions_parameters():
+SHOWN = {"as_json", "quiet", "verbose", "no_progress"}
+# Of batches and pictures, which the library has functions of their own for.
+MANY = {"from_file", "output", "overwrite"}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("merge", set()), ("inspect", {"paths", *MANY}), ("diff", MANY), ("check", {"list"})],
+    ids=["merge", "inspect", "diff", "check"],
+)
+def test_options_are_the_functions_parameters(name, own):
     """Command line and library offer the same options under the same names."""
-    options = {p.name for p in command.params} - {"as_json", "quiet", "verbose", "no_progress"}
-    parameters = set(inspect.signature(merge).parameters) - {"progress"}
+    command = importlib.import_module(f"adapterops.cli.{name}").command
+    options = {p.name for p in command.params} - SHOWN - own
+    parameters = set(inspect.signature(getattr(adapterops, name)).parameters) - {"progress", "path"}
     assert {"out" if o == "output" else o for o in options} == parameters

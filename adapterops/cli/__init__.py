@@ -16,7 +16,12 @@ import click
 from adapterops import __version__
 from adapterops.errors import AdapterOpsError, FileError, Interrupted, MemoryLimitError
 
-COMMANDS = {"merge": "adapterops.cli.merge"}
+COMMANDS = {
+    "merge": "adapterops.cli.merge",
+    "diff": "adapterops.cli.diff",
+    "inspect": "adapterops.cli.inspect",
+    "check": "adapterops.cli.check",
+}
 
 
 class LazyGroup(click.Group):
@@ -107,6 +112,10 @@ def _fail(error: AdapterOpsError, wants_json: bool) -> NoReturn:
         _print_json(error.to_dict())
     else:
         click.echo(f"error: {error}", err=True)
+    if isinstance(error, Interrupted):  # without waiting for threads at work
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code)
     sys.exit(error.exit_code)
 
 

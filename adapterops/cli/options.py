@@ -87,6 +87,35 @@ def run_options(command: Command) -> Command:
     return command
 
 
+def input_options(command: Command) -> Command:
+    """What the commands share that look at many adapters one by one."""
+    for option in (
+        click.option(
+            "--allow-pickle",
+            is_flag=True,
+            help="Dangerous: read .bin/.pt files (weights_only, never code).",
+        ),
+        click.option("--strict", is_flag=True, help="Stop at the first error or warning."),
+        click.option("--no-progress", is_flag=True, help="No progress on stderr."),
+        click.option("-v", "--verbose", is_flag=True, help="One line (in JSON: entry) per module."),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but warnings and errors."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+        click.option("-j", "--jobs", type=int, metavar="N", help="Workers."),
+        click.option("--memory", metavar="SIZE", help="Bytes in flight, e.g. 2GB."),
+        click.option(
+            "--alpha", multiple=True, metavar="X|PATH=X", help="For inputs that lack a scale."
+        ),
+        click.option(
+            "--from",
+            "from_file",
+            metavar="FILE",
+            help="Also the paths in this file, one a line; - is stdin.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def parse_alphas(values: tuple[str, ...], paths: list[str]) -> float | dict[str, float] | None:
     """`--alpha 16` for every input without a scale, or `--alpha path=16` for one of them.
 

@@ -103,7 +103,7 @@ def _is_pair(up: Any, down: Any) -> bool:
     if up.dim() < 2 or down.dim() < 2 or up.shape[1] != down.shape[0]:
         return False
     rank: int = up.shape[1]
-    return rank <= min(up.shape[0], down.shape[1:].numel())
+    return bool(rank <= min(up.shape[0], down.shape[1:].numel()))
 
 
 def _is_named_tensor(key: Any, value: Any, torch: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ class LocalFile:
             raise unreadable(self.path, error) from None
         except ValueError as error:  # a path with NUL
             raise FileError(f"cannot be read: {error}", path=self.path) from None
-        if not os.path.isfile(self.path):
+        if not stat.S_ISREG(status.st_mode):
             raise FileError("not a regular file", path=self.path)
         self._identity = _identity(status)
 

@@ -7,6 +7,7 @@ here, so that each is refused with its own reason and none is mistaken for a hea
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from adapterops.errors import UnsupportedError
@@ -25,6 +26,7 @@ class Key(NamedTuple):
     adapter: str = ""
 
 
+_KEPT = 256  # characters of the longest name that is remembered
 _DOWN_UP = {"down": "A", "up": "B"}
 # What may be a tensor of a head or a norm as well: it belongs to a module only if factors do.
 TENTATIVE = frozenset({"alpha", "m"})
@@ -106,6 +108,16 @@ _REFUSED_PATTERNS = [(re.compile(pattern), name, way) for pattern, name, way in 
 
 def parse(name: str) -> Key | None:
     """What the tensor called `name` is, or None if it is no part of a low-rank delta."""
+    return _parse_kept(name) if len(name) <= _KEPT else _parse(name)
+
+
+@lru_cache(maxsize=1 << 14)
+def _parse_kept(name: str) -> Key | None:
+    """The adapters of a fleet have the same names."""
+    return _parse(name)
+
+
+def _parse(name: str) -> Key | None:
     parts = name.rsplit(".", 3)
     for count in range(min(3, len(parts) - 1), 0, -1):
         found = _SUFFIXES.get(".".join(parts[-count:]))

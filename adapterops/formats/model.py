@@ -94,6 +94,27 @@ class Site:
     alpha: float | None = None
     alpha_given: bool = False
 
+    def scaled(self, scale: float, alpha: float | None, origin: str) -> Site:
+        """The module with its scale; written out, for `replace` takes three times as long."""
+        return Site(
+            self.stem,
+            self.dialect,
+            self.kind,
+            self.layer,
+            self.shape,
+            self.kernel,
+            self.rank,
+            self.dim,
+            self.parts,
+            self.enabled,
+            self.expert,
+            self.owner,
+            self.owned,
+            scale,
+            origin,
+            alpha,
+        )
+
     @property
     def dtype(self) -> str:
         """The widest type of its factors."""

@@ -59,7 +59,7 @@ class ScaleFinder:
                 )
         if found:
             scale, alpha, origin = found[0]
-            return replace(site, scale=scale, alpha=alpha, scale_from=origin)
+            return site.scaled(scale, alpha, origin)
         if self._alpha is not None:
             return _given(site, self._alpha)
         if site.dialect in ("peft", "mlx"):
@@ -69,7 +69,7 @@ class ScaleFinder:
                 path=self._path,
                 hint="give the alpha it was trained with: --alpha X",
             )
-        return replace(site, scale=1.0, scale_from="assumed (no alpha: alpha = rank)")
+        return site.scaled(1.0, None, "assumed (no alpha: alpha = rank)")
 
     def _from_tensor(self, site: Site) -> Iterator[_Scale]:
         ref = site.parts.get("alpha")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from adapterops.adapter import Adapter
 from adapterops.certificate import PlanReport, Report
 from adapterops.errors import UsageError
-from adapterops.formats import AdapterFile, open_adapter_file
+from adapterops.inputs import open_inputs
 from adapterops.options import check_weights
 from adapterops.save import save_sum
 
@@ -76,26 +75,12 @@ def merge(
         raise UsageError(f"to={to!r}: expected peft, kohya, diffusers or mlx")
     paths = [repr(item) if isinstance(item, Adapter) else os.fspath(item) for item in adapters]
     checked = check_weights(weights, paths, normalize=normalize)
-    default = None if isinstance(alpha, Mapping) else alpha
-    single = {os.fspath(k): v for k, v in alpha.items()} if isinstance(alpha, Mapping) else {}
-    for value in (*single.values(), default):
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"alpha {value}: expected a number above 0")
-    unknown = set(single) - set(paths)
-    if unknown:
-        raise UsageError(f"--alpha names {sorted(unknown)[0]!r}, which is not among the inputs")
-    terms: list[tuple[float, AdapterFile]] = []
-    for item, path, weight in zip(adapters, paths, checked, strict=True):
-        if isinstance(item, Adapter):
-            terms += [(weight * inner, file) for inner, file in item.terms]
-            continue
-        file = open_adapter_file(
-            item,
-            alpha=single.get(path, default),
-            alpha_wins=path in single,
-            allow_pickle=allow_pickle,
-        )
-        terms.append((weight, file))
+    opened = open_inputs(adapters, alpha=alpha, allow_pickle=allow_pickle)
+    terms = [
+        (weight * inner, file)
+        for adapter, weight in zip(opened, checked, strict=True)
+        for inner, file in adapter.terms
+    ]
     return save_sum(
         [file for _, file in terms],
         [weight for weight, _ in terms],

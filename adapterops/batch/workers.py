@@ -1,0 +1,125 @@
+"""An ordered map over processes, for work that holds the interpreter (parsing headers).
+
+The processes are plain subprocesses, not `multiprocessing`: that imports the caller's main module
+again in every worker, which runs a script that has no guard for it a second time.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from itertools import islice
+from typing import Any, TypeVar
+
+from adapterops.errors import AdapterOpsError, MemoryLimitError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+CHUNK = 32
+_START = "import sys; sys.path[:] = {}; from adapterops.batch.workers import serve; serve()"
+
+
+def available() -> bool:
+    """Whether this interpreter can start others; one embedded in a program may not know how."""
+    return bool(sys.executable)
+
+
+def ordered_map(work: Callable[[T], R], items: Sequence[T], width: int) -> Generator[R, None, None]:
+    """`work(item)` for every item, in order, computed by `width` processes, 32 items at a time.
+
+    `work`, items and results must pickle; `work` must not raise. Closing the generator, or an
+    exception while it waits, kills the processes at once. Raises AdapterOpsError where one died.
+    """
+    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+    todo = iter(enumerate(chunks))
+    done: dict[int, list[R]] = {}
+    workers: list[_Worker] = []
+    # No thread: Ctrl-C and SIGTERM raise anywhere in this one, and only this one has any state.
+    with selectors.DefaultSelector() as selector:
+        try:
+            for index, chunk in islice(todo, width):
+                workers.append(_Worker())
+                workers[-1].send(work, chunk)
+                selector.register(workers[-1], selectors.EVENT_READ, index)
+            for position in range(len(chunks)):
+                while position not in done:
+                    for key, _ in selector.select():
+                        worker: Any = key.fileobj
+                        done[key.data] = worker.receive()
+                        selector.unregister(worker)
+                        for index, chunk in islice(todo, 1):
+                            worker.send(work, chunk)
+                            selector.register(worker, selectors.EVENT_READ, index)
+                yield from done.pop(position)
+        finally:
+            for each in workers:
+                each.kill()
+
+
+class _Worker:
+    """A process that computes one chunk at a time; in its own group, so Ctrl-C concerns only us."""
+
+    def __init__(self) -> None:
+        # -P: the working directory is no place to import from, unless it is one for us.
+        command = [sys.executable, "-P", "-c", _START.format(sys.path)]
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+            )
+        except OSError as error:
+            raise MemoryLimitError(
+                f"cannot start a worker ({error.strerror})", hint="run with a smaller -j"
+            ) from None
+        assert self._process.stdin and self._process.stdout
+        self._to, self._from = self._process.stdin, self._process.stdout
+        self._first: Any = None
+
+    def fileno(self) -> int:
+        """Readable when the results come."""
+        return self._from.fileno()
+
+    def send(self, work: Callable[[T], R], chunk: Sequence[T]) -> None:
+        """Give it the next chunk; it must be idle, so that it reads."""
+        self._first = chunk[0]
+        with suppress(BrokenPipeError):  # it died: `receive` says so
+            pickle.dump((work, chunk), self._to, pickle.HIGHEST_PROTOCOL)
+            self._to.flush()
+
+    def receive(self) -> list[Any]:
+        """The results of the chunk that was sent last."""
+        try:
+            results: list[Any] = pickle.load(self._from)
+        except (EOFError, pickle.UnpicklingError):
+            code = self._process.wait()
+            raise AdapterOpsError(
+                f"a worker process died (exit code {code}) on {self._first} or one of the "
+                f"{CHUNK - 1} after it",
+                hint="was it out of memory? run with -j 1",
+            ) from None
+        return results
+
+    def kill(self) -> None:
+        """End it at once; whatever it was computing is lost."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._to, self._from):
+            with suppress(OSError):  # what was not sent cannot be flushed
+                stream.close()
+
+
+def serve() -> None:
+    """A worker's life: chunks from stdin, results to stdout, until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with os.fdopen(os.dup(1), "wb") as results, suppress(BrokenPipeError, EOFError):
+        os.dup2(2, 1)  # what anything prints must not end up among the results
+        while True:
+            work, chunk = pickle.load(sys.stdin.buffer)
+            pickle.dump([work(item) for item in chunk], results, pickle.HIGHEST_PROTOCOL)
+            results.flush()

@@ -1,0 +1,55 @@
+"""Adapters as a verb is given them: paths or Adapters, opened, with the alphas meant for each."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from adapterops.adapter import Adapter
+from adapterops.errors import UsageError
+from adapterops.formats import open_adapter_file
+
+Input = str | os.PathLike[str] | Adapter
+
+
+def open_inputs(
+    adapters: Input | Iterable[Input],
+    *,
+    alpha: float | Mapping[Any, float] | None = None,
+    allow_pickle: bool = False,
+) -> list[Adapter]:
+    """The adapters named; a path has weight 1. `alpha` is one number or a mapping by path.
+
+    Raises UsageError for an alpha that is not above 0 or is meant for none of the inputs, and
+    whatever opening an adapter raises.
+    """
+    if isinstance(adapters, str | os.PathLike | Adapter):
+        adapters = [adapters]
+    items = list(adapters)
+    default = None if isinstance(alpha, Mapping) else alpha
+    single = {os.fspath(k): v for k, v in alpha.items()} if isinstance(alpha, Mapping) else {}
+    for value in (*single.values(), default):
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"alpha {value}: expected a number above 0")
+    paths = {os.fspath(item) for item in items if not isinstance(item, Adapter)}
+    unknown = sorted(set(single) - paths)
+    if unknown:
+        raise UsageError(f"--alpha names {unknown[0]!r}, which is not among the inputs")
+    return [_open(item, single, default, allow_pickle) for item in items]
+
+
+def _open(
+    item: Input, single: Mapping[str, float], default: float | None, allow_pickle: bool
+) -> Adapter:
+    if isinstance(item, Adapter):
+        return item
+    path = os.fspath(item)
+    file = open_adapter_file(
+        path,
+        alpha=single.get(path, default),
+        alpha_wins=path in single,
+        allow_pickle=allow_pickle,
+    )
+    return Adapter(((1.0, file),))

@@ -1,0 +1,1 @@
+"""What an adapter is: its description from headers, its spectrum from tensors."""
