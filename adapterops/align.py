@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from adapterops.casts import DTYPE_NAMES, READABLE
+from adapterops.casts import READABLE
 from adapterops.errors import IncompatibleError, NumericsError, UnsupportedError, UsageError
 from adapterops.formats.model import AdapterFile, Site
-from adapterops.formats.names import DIRECTORIES, translate, two_names
+from adapterops.formats.names import DIRECTORIES, factored_weight, two_names
 from adapterops.plan import DensePart, DenseSum, Module, Part, Plan
+from adapterops.target import (
+    FLAT_KINDS,
+    base_warnings,
+    check_deltas,
+    kernel_warnings,
+    orientation_warnings,
+    output_dtype,
+    output_names,
+)
 
-# SDXL's kohya files name SGM blocks; its cross attention reads 2048 numbers, SD 1's and 2's fewer.
-_SDXL_CONTEXT = 2048
-_CONTEXT = re.compile(r"attn2[._]to_k$")
 _SMALLEST, _LARGEST = 1e-30, 1e30
-# Kinds whose tensors may hold a convolution's kernel flattened into the columns.
-_FLAT_KINDS = {"loha", "lokr", "adalora"}
 
 
 def align(
@@ -52,15 +56,16 @@ def align(
     if not gathered and not dense:
         raise NumericsError("every weight is zero: the result is nothing but zeros")
     chosen, sums, left_out = _select(gathered, dense, modules)
+    _check_owners(gathered, chosen)
     deltas = [_dense_sum(name, parts, chosen, inputs) for name, parts in sorted(sums.items())]
     target = to or inputs[0].dialect
-    _check_deltas(deltas, target, inputs[0])
-    names = _output_names(chosen, inputs[0], target)
+    check_deltas(deltas, target, inputs[0])
+    names = output_names(chosen, inputs[0], target)
     result = tuple(
         _module(stem, name, tuple(chosen[stem]), inputs, target)
         for stem, name in sorted(names.items(), key=lambda pair: _natural(pair[0]))
     )
-    warnings += _base_warnings(inputs) + _orientation_warnings(inputs)
+    warnings += base_warnings(inputs) + orientation_warnings(inputs) + kernel_warnings(result)
     if not any(module.columns for module in result) and not deltas:
         raise IncompatibleError("all adapters have rank 0: there is nothing to write")
     dialects = {module.dialect for module in result} or {target}
@@ -70,7 +75,7 @@ def align(
         modules=result,
         deltas=tuple(deltas),
         dialect=dialects.pop() if len(dialects) == 1 else "mixed",
-        dtype=_dtype(dtype, inputs[0]),
+        dtype=output_dtype(dtype, inputs[0]),
         left_out=left_out,
         warnings=tuple(warnings),
     )
@@ -84,7 +89,7 @@ def _natural(stem: str) -> tuple[str, int]:
 
 def _check_names(inputs: Sequence[AdapterFile]) -> None:
     """Modules are matched by stem: that works where no module goes by two names."""
-    clash = two_names({file.path: file.sites for file in inputs})
+    clash = two_names({file.path: [*file.sites, *map(_changed, file.deltas)] for file in inputs})
     families = {
         site.dialect in DIRECTORIES: file
         for file in reversed(inputs)
@@ -97,15 +102,6 @@ def _check_names(inputs: Sequence[AdapterFile]) -> None:
         raise UnsupportedError(
             f"{clash}; matching module names across dialects is not supported yet",
             hint="convert one of them with the tool that wrote it",
-        )
-
-
-def _check_deltas(deltas: Sequence[DenseSum], to: str, first: AdapterFile) -> None:
-    if deltas and to != first.dialect:
-        raise IncompatibleError(
-            f"--to {to}: the full delta {deltas[0].name!r} has no name in that dialect",
-            path=first.path,
-            hint=f"leave --to away to write {first.dialect}",
         )
 
 
@@ -129,7 +125,8 @@ def _dense_sum(
             raise UnsupportedError(
                 f"is of type {part.ref.dtype}, which is no number format of a delta", module=name
             )
-    factors = chosen.pop(name.removesuffix(".diff"), []) if name.endswith(".diff") else []
+    weight = factored_weight(name, chosen)
+    factors = chosen.pop(weight) if weight else []
     for low in factors:
         if low.site.shape != (first.shape[0], math.prod(first.shape[1:])):
             raise IncompatibleError(
@@ -139,43 +136,6 @@ def _dense_sum(
                 module=low.site.stem,
             )
     return DenseSum(name, first.shape, tuple(parts), tuple(factors))
-
-
-def _output_names(chosen: dict[str, list[Part]], first: AdapterFile, to: str) -> dict[str, str]:
-    """stem -> the module's name in the output's dialect."""
-    stems = sorted(chosen)
-    sites = [(stem, part.site) for stem in stems for part in chosen[stem]]
-    if to in DIRECTORIES and first.dialect in DIRECTORIES:
-        for stem, site in sites:
-            plain = not site.expert and site.layer != "conv" and "bias" not in site.parts
-            if site.dialect != to and not plain:
-                raise IncompatibleError(
-                    f"--to {to}: experts, convolutions and biases of {site.dialect} adapters have "
-                    "no counterpart there",
-                    module=stem,
-                )
-        return {stem: stem for stem in stems}
-    if to == first.dialect:
-        return {stem: stem for stem in stems}
-    if {site.dialect for _, site in sites} != {first.dialect}:
-        raise IncompatibleError(f"--to {to}: the inputs are in several dialects", path=first.path)
-    names = translate(stems, first.dialect, to)
-    odd = [stem for stem, s in sites if s.layer == "embedding" or "bias" in s.parts or s.expert]
-    if odd:
-        raise IncompatibleError(
-            f"--to {to}: an embedding, a bias or an expert has no place in that dialect",
-            module=odd[0],
-        )
-    wide = [stem for stem, s in sites if s.shape[1] == _SDXL_CONTEXT and _CONTEXT.search(stem)]
-    if names is None or ("kohya" in (to, first.dialect) and wide):
-        raise IncompatibleError(
-            f"--to {to}: not every module of this {first.dialect} adapter has a name there "
-            f"(the first is {stems[0]!r}); fused and split projections and SGM names differ in "
-            "more than spelling",
-            path=first.path,
-            hint=f"leave --to away to write {first.dialect}",
-        )
-    return names
 
 
 def _check_coefficient(coefficient: float, weight: float, file: AdapterFile, stem: str) -> None:
@@ -232,22 +192,38 @@ def _select(
     return chosen, sums, len(gathered) + len(dense) - len(chosen) - len(sums)
 
 
+def _check_owners(gathered: Mapping[str, list[Part]], chosen: Mapping[str, list[Part]]) -> None:
+    """PEFT tells nested parameters of one module apart by their number: all stay, or none."""
+    pairs: dict[str, set[str]] = defaultdict(set)
+    for stem, parts in gathered.items():
+        if len(parts[0].site.owned) > 1:
+            pairs[parts[0].site.owner].add(stem.partition("[")[0])
+    kept = {stem.partition("[")[0] for stem in chosen}
+    for owner, stems in pairs.items():
+        if kept & stems not in (set(), stems):
+            raise UsageError(
+                f"--modules takes {min(kept & stems)} and leaves out {min(stems - kept)}, "
+                f"two parameters of {owner} that PEFT can only tell apart together"
+            )
+
+
 def _module(
     stem: str, name: str, parts: tuple[Part, ...], inputs: Sequence[AdapterFile], to: str
 ) -> Module:
-    first = parts[0].site
-    for part in parts[1:]:
+    shown = next((part for part in parts if part.site.kernel), parts[0])
+    first = shown.site
+    for part in parts:
         site = part.site
         if site.shape != first.shape or _kernels_differ(site, first):
             raise IncompatibleError(
-                f"{inputs[parts[0].input].path} has {_describe(first)}, "
+                f"{inputs[shown.input].path} has {_describe(first)}, "
                 f"{inputs[part.input].path} has {_describe(site)}; "
                 "are both adapters of the same base model?",
                 module=stem,
             )
         if "embedding" in (site.layer, first.layer) and site.layer != first.layer:
             raise IncompatibleError(
-                f"is an {first.layer} layer in {inputs[parts[0].input].path} and a {site.layer} "
+                f"is an {first.layer} layer in {inputs[shown.input].path} and a {site.layer} "
                 f"layer in {inputs[part.input].path}",
                 module=stem,
             )
@@ -256,20 +232,19 @@ def _module(
             first.owned,
         ):
             raise IncompatibleError(
-                f"{inputs[parts[0].input].path} adapts {_experts(first)}, "
+                f"{inputs[shown.input].path} adapts {_experts(first)}, "
                 f"{inputs[part.input].path} {_experts(site)}: which tensors belong together cannot "
                 "be told",
                 module=stem,
             )
-    shaped = next((part.site for part in parts if part.site.kernel), first)
     by_module = to == inputs[0].dialect and to not in DIRECTORIES
-    dialect = first.dialect if by_module else to
-    return Module(name, dialect, shaped.layer, first.shape, shaped.kernel, parts)
+    dialect = parts[0].site.dialect if by_module else to
+    return Module(name, dialect, first.layer, first.shape, first.kernel, parts)
 
 
 def _kernels_differ(site: Site, other: Site) -> bool:
     """Whether two kernels cannot be the same; a LoHa of a convolution may not show its own."""
-    if not (site.kernel and other.kernel) and {site.kind, other.kind} & _FLAT_KINDS:
+    if not (site.kernel and other.kernel) and {site.kind, other.kind} & FLAT_KINDS:
         return False
     return _extent(site.kernel) != _extent(other.kernel)
 
@@ -287,29 +262,3 @@ def _extent(kernel: tuple[int, ...]) -> tuple[int, ...]:
 def _describe(site: Site) -> str:
     kernel = f", kernel={list(site.kernel)}" if site.kernel else ""
     return f"out={site.shape[0]}, in={site.shape[1] // math.prod(site.kernel)}{kernel}"
-
-
-def _base_warnings(inputs: Sequence[AdapterFile]) -> list[str]:
-    bases = {file.base: file for file in reversed(inputs) if file.base}
-    if len(bases) < 2:
-        return []
-    shown = ", ".join(f"{base!r} ({bases[base].path})" for base in reversed(bases))
-    return [f"the inputs name different base models: {shown}; their shapes agree"]
-
-
-def _orientation_warnings(inputs: Sequence[AdapterFile]) -> list[str]:
-    flags = {bool(file.config.get("fan_in_fan_out")): file.path for file in reversed(inputs)}
-    if len(flags) < 2 or inputs[0].dialect != "peft":
-        return []
-    return [
-        f"fan_in_fan_out is set in {flags[True]} and not in {flags[False]}; the first input's "
-        "value is kept"
-    ]
-
-
-def _dtype(name: str, first: AdapterFile) -> str:
-    if name == "keep":
-        return first.dtype
-    if name not in DTYPE_NAMES:
-        raise UsageError(f"dtype {name!r}: expected keep, {', '.join(DTYPE_NAMES)}")
-    return DTYPE_NAMES[name]

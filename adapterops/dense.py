@@ -64,6 +64,24 @@ def summed(delta: DenseSum, dtype: str) -> DensePiece:
     return DensePiece(delta.name, casts.stored_bytes(stored), figures)
 
 
+def measured(delta: DenseSum) -> Figures:
+    """The figures of a full delta that is copied as it is."""
+    values = _finite(delta.parts[0].ref.read(), delta.parts[0].ref.name)
+    size = _norm(values)
+    return Figures(
+        norm=size,
+        beta=size,
+        floor=EPSILON * size,
+        truncation=0.0,
+        storage=0.0,
+        total=0.0,
+        input_norms=(size,),
+        inner=(size * size,),
+        subnormal=0,
+        route="copy",
+    )
+
+
 def _finite(values: Array, name: str) -> Array:
     wrong = casts.count_nonfinite(values)
     if wrong:

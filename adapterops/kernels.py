@@ -42,7 +42,9 @@ def peak(modules: Sequence[Module], rank: int) -> int:
         return streamed.peak(module, rank)
     if not rank and columns > streamed.LARGE:
         return streamed.peak(module, rank) + 8 * 3 * math.prod(module.shape)
-    return len(modules) * 8 * (perimeter * (3 * columns + 6 * rank) + 8 * columns * columns)
+    shared = sum(part.site.parts["B"].nbytes for part in module.parts) if module.expert else 0
+    work = 8 * (perimeter * (3 * columns + 6 * rank) + 8 * columns * columns)
+    return len(modules) * work + shared
 
 
 def spectra(modules: Sequence[Module], device: str) -> list[Spectrum]:
@@ -84,6 +86,7 @@ def measures(modules: Sequence[Module]) -> list[tuple[str, Figures]]:
 def _measure(module: Module, read: Read) -> Figures:
     part = module.parts[0]
     B, A = part.site.factors("cpu", read)
+    part.site.bias()  # raises where it is not finite
     scaled = A * part.coefficient
     size, bound = linalg.norm(B, scaled), linalg.cores(B[None], scaled[None])[0].beta
     return Figures(
@@ -297,13 +300,8 @@ def _input_norms(module: Module, B: Array, A: Array, core: Core) -> tuple[float,
 
 def _bias(module: Module, dtype: str) -> memoryview | None:
     """Σ cᵢ·bᵢ of the parts that shift the bias (PEFT's lora_bias), None if none does."""
-    shifts = [
-        part.coefficient * part.site.parts["bias"].read()
-        for part in module.parts
-        if "bias" in part.site.parts
-    ]
-    if not shifts:
+    if not any("bias" in part.site.parts for part in module.parts):
         return None
-    bias = np.sum(shifts, axis=0)
+    bias = np.sum([part.coefficient * part.site.bias() for part in module.parts], axis=0)
     casts.check_range(bias, dtype, module.stem)
     return casts.stored_bytes(casts.store(bias, dtype))

@@ -266,12 +266,11 @@ def _config(plan: Plan, rank: int, extras: Sequence[Extra], copy: bool) -> dict[
             config["lora_parameters"]["scale"] = sites[0].scale
         return config
     first = _only_input(plan) if copy else plan.inputs[0]
-    sizes = {module.tensors: (rank, float(rank)) for module in plan.modules}
-    if copy:
-        sizes = {
-            module.tensors: (site.rank, site.alpha if site.alpha is not None else site.rank)
-            for module, site in zip(plan.modules, sites, strict=True)
-        }
+    sizes: dict[str, tuple[int, float]] = {}
+    for module, site in zip(plan.modules, sites, strict=True):
+        kept = (site.rank, site.alpha if site.alpha is not None else float(site.rank))
+        for name in [f"{site.owner}.{name}" for name in site.owned] or [module.tensors]:
+            sizes[name] = kept if copy else (rank, float(rank))
     owners = {site.owner for site in sites if site.owned}
     targets = [stem for stem, site in zip(stems, sites, strict=True) if not site.owned]
     configs = [] if plan.left_out else [file.config for file in plan.live]

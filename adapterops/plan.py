@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from adapterops.formats.model import AdapterFile, Layer, Ref, Site
@@ -96,6 +97,13 @@ class Plan:
     def bound(self) -> int:
         """The largest uniform rank that loses nothing whatever the values are."""
         return max((module.bound for module in self.modules), default=0)
+
+    @property
+    def whole_tensors(self) -> bool:
+        """Whether every expert is there of each tensor that several share."""
+        experts = Counter(module.tensors for module in self.modules if module.expert)
+        counts = {module.tensors: module.expert[1] for module in self.modules if module.expert}
+        return experts == counts
 
     def parameters(self, rank: int) -> int:
         """Numbers in the output's factors at a uniform rank."""

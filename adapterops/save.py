@@ -238,6 +238,7 @@ def _is_copy(plan: Plan, options: Options) -> bool:
             for module in plan.modules
         )
         and not any(delta.factors for delta in plan.deltas)
+        and plan.whole_tensors
         and [weight for weight in plan.weights if weight] == [1.0]
         and all(module.columns for module in plan.modules)
         and not any(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from adapterops import passes
 from adapterops.casts import FORMATS
 from adapterops.certificate import Figures
+from adapterops.dense import measured
 from adapterops.extras import Extra
 from adapterops.files.writer import TensorWriter
 from adapterops.layout import Layout, Slot
@@ -70,8 +70,7 @@ def _copy(
     sources |= {delta.name: delta.parts[0].ref for delta in plan.deltas}
     for name, ref in sources.items():
         writer.put(name, ref.raw().data)
-    with closing(passes.dense(plan, on)) as sums:
-        dense = [replace(delta.figures, storage=0.0, total=0.0) for delta in sums]
+    dense = [measured(delta) for delta in plan.deltas]
     with closing(passes.measures(plan, on, progress)) as results:
         figures = dict(results)
     return [figures[module.stem] for module in plan.modules], dense

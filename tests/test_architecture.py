@@ -16,6 +16,7 @@ LAYERS = [
     {"formats", "certificate", "options"},
     {"plan", "ranks", "provenance", "extras", "serving"},
     {"batch", "inspection"},
+    {"target"},
     {"align", "dense", "streamed", "kernels", "passes", "choose", "layout", "certify", "card"},
     {"writing"},
     {"companions"},

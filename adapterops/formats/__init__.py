@@ -24,6 +24,7 @@ from adapterops.formats.locate import (
     read_text,
 )
 from adapterops.formats.model import AdapterFile, Ref, Site
+from adapterops.formats.names import factored_weight
 from adapterops.formats.scale import ScaleFinder
 from adapterops.formats.sites import make_sites
 
@@ -135,14 +136,15 @@ def _doubled(
     sites: Mapping[str, Site], deltas: Mapping[str, Ref], path: str
 ) -> list[AdapterOpsError]:
     """Modules changed by factors and by a dense delta at once: loaders apply one of the two."""
+    found = ((name, factored_weight(name, sites)) for name in deltas)
     return [
         FormatError(
             f"has factors and a full delta ({name!r}), of which loaders apply only one",
             path=path,
-            module=name.removesuffix(".diff"),
+            module=stem,
         )
-        for name in deltas
-        if name.endswith(".diff") and name.removesuffix(".diff") in sites
+        for name, stem in found
+        if stem
     ]
 
 

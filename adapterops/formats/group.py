@@ -31,6 +31,7 @@ class Tensors:
     deltas: dict[str, Ref] = field(default_factory=dict)
     rest: dict[str, Ref] = field(default_factory=dict)
     problems: list[AdapterOpsError] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)  # stems that tensors of a refused kind may have
 
 
 def group(refs: Mapping[str, Ref], path: str) -> Tensors:
@@ -70,6 +71,8 @@ def _file_away(name: str, ref: Ref, path: str, result: Tensors) -> None:
     problem = grammar.refused(name, path)
     if problem:
         result.problems.append(problem)
+        stem = name.rpartition(".")[0]
+        result.refused |= {stem, stem.rpartition(".")[0]}
     elif grammar.is_delta(name) and not name.startswith(peft.PREFIX):
         result.deltas[name] = ref
     else:
@@ -84,7 +87,7 @@ def _attach(key: grammar.Key, ref: Ref, path: str, result: Tensors) -> None:
     elif key.role == "alpha" and owner is not None:
         result.groups[owner].parts["alpha"] = ref
     elif key.role == "alpha" and not key.stem.startswith(peft.PREFIX):
-        if not result.problems:  # of a kind that is refused, alpha has no pair either
+        if key.stem not in result.refused:  # of a kind that is refused, alpha has no pair either
             problem = FormatError(f"{ref.name!r} belongs to no factors in this file", path=path)
             result.problems.append(problem)
     else:

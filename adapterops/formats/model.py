@@ -147,6 +147,17 @@ class Site:
         for ref, out in zip(parts, (B, A), strict=True):
             casts.decode_into(raw(ref), ref.dtype, out)
 
+    def bias(self) -> Array:
+        """What it adds to the bias, (out,) in float64, the scale not folded in; 0 where nothing.
+
+        Raises NumericsError for NaN or infinities.
+        """
+        if "bias" not in self.parts:
+            return np.zeros(self.shape[0])
+        values = self.parts["bias"].read()
+        self._check_finite("bias", values)
+        return values
+
     def _check_finite(self, role: str, values: Array) -> None:
         wrong = casts.count_nonfinite(values)
         if wrong:

@@ -10,7 +10,7 @@ projections, SGM block names and language models have no counterpart here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from adapterops.formats import diffusers
 
@@ -56,6 +56,7 @@ _UNET = list(_VOCABULARIES)[:2]
 _FLUX = list(_VOCABULARIES)[2:5]
 _NUMBERS = list(_VOCABULARIES)[5:]
 _APART = [_UNET, _FLUX, _NUMBERS + _UNET[:1], _NUMBERS + _UNET[1:]]
+_SWITCH = re.compile(r"switch_mlp\.(?P<leaf>\w+)\[(?P<expert>\d+)\]$")
 _FUSED = re.compile(
     r"(?P<parent>.*?_|)(qkv|qkv_proj|to_qkv|in_proj|c_attn|query_key_value|gate_up_proj)$"
 )
@@ -103,6 +104,9 @@ def _clash(one: str, two: str, where: Mapping[str, str], what: str) -> str:
 
 def _flatten(stem: str) -> tuple[str, str]:
     """Which model a stem is in, and its path with underscores for dots."""
+    switch = _SWITCH.search(stem)
+    if switch:  # MLX stacks what others keep expert by expert
+        stem = f"{stem[: switch.start()]}experts.{switch['expert']}.{switch['leaf']}"
     for pattern, root in _ROOTS:
         found = pattern.match(stem)
         if found:
@@ -116,19 +120,25 @@ def _vocabulary(flat: str) -> str | None:
     return next((name for name, pattern in _VOCABULARIES.items() if pattern.match(flat)), None)
 
 
+def factored_weight(name: str, stems: Container[str]) -> str | None:
+    """The module, among those that have factors, whose weight the full delta `name` changes too."""
+    stem = name.removesuffix(".diff")
+    if stem == name:
+        return None
+    return next((each for each in (stem, diffusers.canonical(stem)) if each in stems), None)
+
+
 def translate(stems: list[str], source: str, target: str) -> dict[str, str] | None:
     """stem -> its name in the target dialect, or None if some stem has none there."""
     paths = {stem: _to_diffusers(stem, source) for stem in stems}
     parts = {diffusers.component(path) for path in paths.values() if path}
     if None in paths.values():
         return None
-    result: dict[str, str] = {}
-    for stem, path in paths.items():
-        name = _from_diffusers(path or "", target, parts)
-        if name is None or name in result.values():
-            return None
-        result[stem] = name
-    return result
+    result = {stem: _from_diffusers(path or "", target, parts) for stem, path in paths.items()}
+    names = {name for name in result.values() if name is not None}
+    if len(names) < len(stems):  # without a name, or with another module's
+        return None
+    return {stem: name or "" for stem, name in result.items()}
 
 
 def _to_diffusers(stem: str, source: str) -> str | None:

@@ -111,8 +111,8 @@ class Scales:
         self._path = path
         kind = str(config.get("peft_type") or "LORA").upper()
         self._pruned = kind == "ADALORA"
-        self._ranks = [] if self._pruned else _patterns(config, "rank_pattern", path)
-        self._alphas = [] if self._pruned else _patterns(config, "alpha_pattern", path)
+        self._ranks = Patterns({} if self._pruned else config, "rank_pattern", path)
+        self._alphas = Patterns({} if self._pruned else config, "alpha_pattern", path)
         self._rank = _number(config, "init_r" if self._pruned else "r", path)
         self.alpha_key = "alpha" if kind in ("LOHA", "LOKR") else "lora_alpha"
         self._alpha = _number(config, self.alpha_key, path)
@@ -134,8 +134,7 @@ class Scales:
             return float(actual)
         if not self._ranks:
             return self._rank
-        path = target_path(module)
-        values = [value for pattern, value in self._ranks if pattern.match(path)]
+        values = self._ranks.values(target_path(module))
         if actual in values:
             return float(actual)
         return values[0] if values else self._rank
@@ -144,58 +143,68 @@ class Scales:
         """The alpha of `module`; only where `known`."""
         alpha = self._alpha
         if self._alphas:
-            alpha = self._match(self._alphas, module, "alpha_pattern", alpha)
+            alpha = self._match(module, alpha)
         assert alpha is not None
         return alpha
 
-    def scale(self, module: str, rank: int) -> float:
-        """The factor of B·A for a module of this rank."""
-        alpha = self.alpha(module)
+    def scaled(self, alpha: float, rank: int) -> float:
+        """The factor of B·A for an alpha, of a module of this rank."""
         if self._pruned:
             whole = self._rank if self._rank is not None else float(rank)
             return (alpha if alpha > 0 else whole) / (whole + 1e-5)
         root = math.sqrt(rank) if self._stabilised else rank
         return alpha / root if rank else 1.0
 
-    def _match(
-        self,
-        patterns: list[tuple[re.Pattern[str], float]],
-        module: str,
-        name: str,
-        default: float | None,
-    ) -> float | None:
-        path = target_path(module)
-        values = [value for pattern, value in patterns if pattern.match(path)]
+    def _match(self, module: str, default: float | None) -> float | None:
+        values = self._alphas.values(target_path(module))
         if len(set(values)) > 1:
             self._notes.append(
-                f"{self._path}: {name} gives module {module} the values {values}; "
+                f"{self._path}: alpha_pattern gives module {module} the values {values}; "
                 f"PEFT takes the first, {values[0]}"
             )
         return values[0] if values else default
 
 
-def _patterns(
-    config: Mapping[str, Any], name: str, path: str
-) -> list[tuple[re.Pattern[str], float]]:
-    value = config.get(name) or {}
-    if not isinstance(value, dict):
-        raise FormatError(f"{name} in the config is not a JSON object", path=path)
-    result = []
-    for pattern in value:
-        if len(pattern) > LONGEST_PATTERN or NESTED.search(pattern):
-            raise UnsafeFileError(
-                f"{name} {pattern[:80]!r} could take forever to match (nested repetition)",
-                path=path,
-            )
-        try:
-            result.append(
-                (re.compile(rf"(.*\.)?({pattern})$"), _number(value, pattern, path) or 0.0)
-            )
-        except re.error as error:
-            raise FormatError(
-                f"{name} {pattern!r} is no regular expression ({error})", path=path
-            ) from None
-    return result
+class Patterns:
+    """rank_pattern or alpha_pattern: expressions to numbers, by PEFT's rule of matching.
+
+    Expressions for one whole path, as we write them, are looked up; only others are tried.
+    """
+
+    def __init__(self, config: Mapping[str, Any], name: str, path: str) -> None:
+        self._exact: dict[str, float] = {}
+        self._others: list[tuple[re.Pattern[str], float]] = []
+        given = config.get(name) or {}
+        if not isinstance(given, dict):
+            raise FormatError(f"{name} in the config is not a JSON object", path=path)
+        for pattern in given:
+            value = _number(given, pattern, path) or 0.0
+            plain = pattern[1:].replace("\\", "")
+            if pattern == "^" + re.escape(plain):
+                self._exact[plain] = value
+            else:
+                self._others.append((_compiled(pattern, name, path), value))
+
+    def __bool__(self) -> bool:
+        return bool(self._exact or self._others)
+
+    def values(self, path: str) -> list[float]:
+        """The values of all patterns that match."""
+        found = [self._exact[path]] if path in self._exact else []
+        return found + [value for pattern, value in self._others if pattern.match(path)]
+
+
+def _compiled(pattern: str, name: str, path: str) -> re.Pattern[str]:
+    if len(pattern) > LONGEST_PATTERN or NESTED.search(pattern):
+        raise UnsafeFileError(
+            f"{name} {pattern[:80]!r} could take forever to match (nested repetition)", path=path
+        )
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise FormatError(
+            f"{name} {pattern!r} is no regular expression ({error})", path=path
+        ) from None
 
 
 def _number(config: Mapping[str, Any], name: str, path: str) -> float | None:

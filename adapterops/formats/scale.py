@@ -46,7 +46,7 @@ class ScaleFinder:
     def scaled(self, site: Site) -> Site:
         """The site with its scale and where it came from."""
         if self._alpha is not None and self._alpha_wins:
-            return _given(site, self._alpha)
+            return self._given(site, self._alpha)
         found = [*self._from_tensor(site), *self._from_config(site), *self._from_header(site)]
         for scale, _, origin in found[1:]:
             if not math.isclose(scale, found[0][0], rel_tol=_tolerance(site)):
@@ -61,7 +61,7 @@ class ScaleFinder:
             scale, alpha, origin = found[0]
             return site.scaled(scale, alpha, origin)
         if self._alpha is not None:
-            return _given(site, self._alpha)
+            return self._given(site, self._alpha)
         if site.dialect in ("peft", "mlx"):
             name = "lora_alpha" if site.dialect == "peft" else "lora_parameters.scale"
             raise IncompatibleError(
@@ -98,13 +98,8 @@ class ScaleFinder:
         if site.dialect == "mlx":
             yield from self._mlx
             return
-        part = diffusers.component(site.stem) if site.dialect == "diffusers" else ""
-        module = site.stem.removeprefix(part + ".") if part else site.stem
-        if site.owned:
-            module = f"{site.owner}.{site.owned[0]}"
-        for where, parts in self._configs:
-            scales = parts.get(part, parts[""])
-            scales = scales if scales.known else parts[""]
+        module = self._configured_name(site)
+        for where, scales in self._scales_of(site):
             if not scales.known:
                 continue
             expected = scales.rank(module, site.dim)
@@ -117,8 +112,53 @@ class ScaleFinder:
                     hint=f"correct rank_pattern in the config, or give --alpha {self._path}=X",
                 )
             origin = f"{scales.alpha_key} in {os.path.basename(where)}"
-            rank = site.dim or int(expected or 0)
-            yield scales.scale(module, rank), scales.alpha(module), origin
+            alpha, rank = scales.alpha(module), site.dim or int(expected or 0)
+            self._check_owned(site, scales, alpha)
+            yield scales.scaled(alpha, rank), alpha, origin
+
+    def _configured_name(self, site: Site) -> str:
+        """What a config calls a module: without its component, an expert by its parameter."""
+        if site.owned:
+            return f"{site.owner}.{site.owned[0]}"
+        part = diffusers.component(site.stem) if site.dialect == "diffusers" else ""
+        return site.stem.removeprefix(part + ".") if part else site.stem
+
+    def _scales_of(self, site: Site) -> Iterator[tuple[str, peft.Scales]]:
+        """Each config's scales for the component of a module."""
+        part = diffusers.component(site.stem) if site.dialect == "diffusers" else ""
+        for where, parts in self._configs:
+            scales = parts.get(part, parts[""])
+            yield where, scales if scales.known else parts[""]
+
+    def _check_owned(self, site: Site, scales: peft.Scales, alpha: float) -> None:
+        """Which of a module's parameters a nested pair belongs to is not in the file."""
+        for parameter in site.owned[1:]:
+            other = scales.alpha(f"{site.owner}.{parameter}")
+            if other != alpha:
+                raise IncompatibleError(
+                    f"MoE target_parameters are ambiguous: alpha is {alpha:g} for "
+                    f"{site.owned[0]} and {other:g} for {parameter}, and which of them this pair "
+                    "adapts is not in the file",
+                    path=self._path,
+                    module=site.stem,
+                    hint=f"say one alpha for both with --alpha {self._path}=X",
+                )
+
+    def _given(self, site: Site, alpha: float) -> Site:
+        """The scale that the user's alpha means: by the config's rule where there is one."""
+        scales = next((scales for _, scales in self._scales_of(site)), None)
+        if scales is not None and site.dialect != "mlx":
+            expected = scales.rank(self._configured_name(site), site.dim)
+            scale = scales.scaled(alpha, site.dim or int(expected or 0))
+        else:
+            scale = alpha / site.dim if site.dim else 1.0
+        return replace(
+            site,
+            scale=scale,
+            alpha=alpha,
+            alpha_given=True,
+            scale_from=f"--alpha {alpha:g} / rank {site.dim}",
+        )
 
     def _from_header(self, site: Site) -> Iterator[_Scale]:
         if not site.dim or not self._metadata:
@@ -143,17 +183,6 @@ class ScaleFinder:
             ) from None
         if math.isfinite(alpha) and rank == site.dim:
             yield alpha / site.dim, alpha, "alpha in the header"
-
-
-def _given(site: Site, alpha: float) -> Site:
-    scale = alpha / site.dim if site.dim else 1.0
-    return replace(
-        site,
-        scale=scale,
-        alpha=alpha,
-        alpha_given=True,
-        scale_from=f"--alpha {alpha:g} / rank {site.dim}",
-    )
 
 
 def _tolerance(site: Site) -> float:

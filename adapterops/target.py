@@ -1,0 +1,115 @@
+"""What a sum is called and stored as: names in the output's dialect, its type, what to warn of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from adapterops.casts import DTYPE_NAMES
+from adapterops.errors import IncompatibleError, UsageError
+from adapterops.formats.model import AdapterFile
+from adapterops.formats.names import DIRECTORIES, translate
+from adapterops.plan import DenseSum, Module, Part
+
+# SDXL's kohya files name SGM blocks; its cross attention reads 2048 numbers, SD 1's and 2's fewer.
+_SDXL_CONTEXT = 2048
+_CONTEXT = re.compile(r"attn2[._]to_k$")
+_CONVOLUTION = re.compile(r"(^|[._])(conv\w*|in_layers_2|out_layers_3)$")
+# Kinds whose tensors may hold a convolution's kernel flattened into the columns.
+FLAT_KINDS = {"loha", "lokr", "adalora"}
+
+
+def check_deltas(deltas: Sequence[DenseSum], to: str, first: AdapterFile) -> None:
+    """Raise IncompatibleError where full deltas would have to change their names."""
+    if deltas and to != first.dialect:
+        raise IncompatibleError(
+            f"--to {to}: the full delta {deltas[0].name!r} has no name in that dialect",
+            path=first.path,
+            hint=f"leave --to away to write {first.dialect}",
+        )
+
+
+def output_names(
+    chosen: Mapping[str, Sequence[Part]], first: AdapterFile, to: str
+) -> dict[str, str]:
+    """stem -> the module's name in the output's dialect."""
+    stems = sorted(chosen)
+    sites = [(stem, part.site) for stem in stems for part in chosen[stem]]
+    if to in DIRECTORIES and first.dialect in DIRECTORIES:
+        for stem, site in sites:
+            plain = not site.expert and site.layer != "conv" and "bias" not in site.parts
+            if site.dialect != to and not plain:
+                raise IncompatibleError(
+                    f"--to {to}: experts, convolutions and biases of {site.dialect} adapters have "
+                    "no counterpart there",
+                    module=stem,
+                )
+        return {stem: stem for stem in stems}
+    if to == first.dialect:
+        return {stem: stem for stem in stems}
+    if {site.dialect for _, site in sites} != {first.dialect}:
+        raise IncompatibleError(f"--to {to}: the inputs are in several dialects", path=first.path)
+    names = translate(stems, first.dialect, to)
+    odd = [stem for stem, s in sites if s.layer == "embedding" or "bias" in s.parts or s.expert]
+    if odd:
+        raise IncompatibleError(
+            f"--to {to}: an embedding, a bias or an expert has no place in that dialect",
+            module=odd[0],
+        )
+    wide = [stem for stem, s in sites if s.shape[1] == _SDXL_CONTEXT and _CONTEXT.search(stem)]
+    if names is None or ("kohya" in (to, first.dialect) and wide):
+        raise IncompatibleError(
+            f"--to {to}: not every module of this {first.dialect} adapter has a name there "
+            f"(the first is {stems[0]!r}); fused and split projections and SGM names differ in "
+            "more than spelling",
+            path=first.path,
+            hint=f"leave --to away to write {first.dialect}",
+        )
+    return names
+
+
+def base_warnings(inputs: Sequence[AdapterFile]) -> list[str]:
+    """A warning where the inputs name different base models."""
+    bases = {file.base: file for file in reversed(inputs) if file.base}
+    if len(bases) < 2:
+        return []
+    shown = ", ".join(f"{base!r} ({bases[base].path})" for base in reversed(bases))
+    return [f"the inputs name different base models: {shown}; their shapes agree"]
+
+
+def orientation_warnings(inputs: Sequence[AdapterFile]) -> list[str]:
+    """A warning where the inputs disagree on `fan_in_fan_out`."""
+    flags = {bool(file.config.get("fan_in_fan_out")): file.path for file in reversed(inputs)}
+    if len(flags) < 2 or inputs[0].dialect != "peft":
+        return []
+    return [
+        f"fan_in_fan_out is set in {flags[True]} and not in {flags[False]}; the first input's "
+        "value is kept"
+    ]
+
+
+def kernel_warnings(modules: Sequence[Module]) -> list[str]:
+    """Convolutions by name whose kernel no input shows: loaders want its shape."""
+    hidden = [
+        module.stem
+        for module in modules
+        if not module.kernel
+        and _CONVOLUTION.search(module.stem)
+        and all(part.site.kind in FLAT_KINDS for part in module.parts)
+    ]
+    if not hidden:
+        return []
+    more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
+    return [
+        f"{hidden[0]}{more}: the factors do not show the kernel of a convolution and are written "
+        "as a matrix, which not every loader takes"
+    ]
+
+
+def output_dtype(name: str, first: AdapterFile) -> str:
+    """The storage type that `--dtype` means; raises UsageError for an unknown one."""
+    if name == "keep":
+        return first.dtype
+    if name not in DTYPE_NAMES:
+        raise UsageError(f"dtype {name!r}: expected keep, {', '.join(DTYPE_NAMES)}")
+    return DTYPE_NAMES[name]
