@@ -95,7 +95,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints and the sidecar holds."""
-        return {"schema": self.schema, **_plain(self)}
+        return {"schema": self.schema, **plain(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class PlanReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        return {"schema": self.schema, **_plain(self)}
+        return {"schema": self.schema, **plain(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +154,14 @@ def fields_of(value: Any) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and mappings as JSON takes them; NaN and infinities as None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(item) for name, item in fields_of(value).items()}
+        return {name: plain(item) for name, item in fields_of(value).items()}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from adapterops.certificate import plain
 from adapterops.inspection.spectra import SpectrumReport
 
 
@@ -123,7 +122,7 @@ class Inspection:
         """The adapter's entry in the document that `--json` prints, single modules on request."""
         result = {
             name: plain(getattr(self, name))
-            for name in (item.name for item in dataclasses.fields(self))
+            for name in (item.name for item in fields(self))
             if name != "modules"
         }
         if modules:
@@ -151,16 +150,3 @@ def summary(adapters: Sequence[Inspection]) -> dict[str, Any]:
         "ranks": counted(max(adapter.ranks, default=0) for adapter in adapters),
         "bases": counted(adapter.base for adapter in adapters if adapter.base),
     }
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as JSON takes them; NaN and infinities as None."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
