@@ -11,7 +11,8 @@ from typing import Any
 from adapterops.certificate import PlanReport, Report
 from adapterops.errors import IncompatibleError
 from adapterops.factors import Factors
-from adapterops.formats import AdapterFile, open_adapter_file
+from adapterops.formats import AdapterFile, Ref, open_adapter_file
+from adapterops.formats.kinds import split
 from adapterops.save import save_sum
 
 
@@ -28,15 +29,14 @@ class Adapter(Mapping[str, Factors]):
     def __getitem__(self, module: str) -> Factors:
         """The module's exact sum as factors, scale and weights folded in, columns concatenated.
 
-        Raises KeyError for a module that no term has, IncompatibleError where shapes differ.
+        A full delta (`.diff`) of a weight is a matrix and an identity. Raises KeyError for a module
+        that no term has, IncompatibleError where shapes differ.
         """
         result: Factors | None = None
         for weight, file in self.terms:
-            site = file.sites.get(module)
-            if site is None or weight == 0.0:
+            part = _factors(file, module, weight) if weight else None
+            if part is None:
                 continue
-            B, A = site.factors()
-            part = Factors(B, A * (weight * site.scale))
             if result is not None and result.shape != part.shape:
                 raise IncompatibleError(
                     f"shapes differ: {result.shape} and {part.shape} ({file.path})", module=module
@@ -47,7 +47,8 @@ class Adapter(Mapping[str, Factors]):
         return result
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys(m for w, file in self.terms if w for m in sorted(file.sites)))
+        modules = (m for w, file in self.terms if w for m in sorted({*file.sites, *_full(file)}))
+        return iter(dict.fromkeys(modules))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -95,6 +96,25 @@ class Adapter(Mapping[str, Factors]):
         """
         weights, files = zip(*self.terms, strict=True)
         return save_sum(files, weights, out, **options)
+
+
+def _full(file: AdapterFile) -> dict[str, Ref]:
+    """The full deltas of weights, by module."""
+    weights = ((name.removesuffix(".diff"), ref) for name, ref in file.deltas.items())
+    return {stem: ref for stem, ref in weights if len(ref.shape) > 1 and ref.name.endswith(".diff")}
+
+
+def _factors(file: AdapterFile, module: str, weight: float) -> Factors | None:
+    """One file's share of a module, None where it has none."""
+    site = file.sites.get(module)
+    if site is not None:
+        B, A = site.factors()
+        return Factors(B, A * (weight * site.scale))
+    ref = _full(file).get(module)
+    if ref is None:
+        return None
+    B, A = split(ref.read().reshape(ref.shape[0], -1))
+    return Factors(B, A * weight)
 
 
 def open_adapter(

@@ -13,7 +13,6 @@ from adapterops.formats.model import AdapterFile, Site
 from adapterops.formats.names import DIRECTORIES, factored_weight, two_names
 from adapterops.plan import DensePart, DenseSum, Module, Part, Plan
 from adapterops.target import (
-    FLAT_KINDS,
     base_warnings,
     check_deltas,
     kernel_warnings,
@@ -196,7 +195,7 @@ def _check_owners(gathered: Mapping[str, list[Part]], chosen: Mapping[str, list[
     """PEFT tells nested parameters of one module apart by their number: all stay, or none."""
     pairs: dict[str, set[str]] = defaultdict(set)
     for stem, parts in gathered.items():
-        if len(parts[0].site.owned) > 1:
+        if parts[0].site.owned:
             pairs[parts[0].site.owner].add(stem.partition("[")[0])
     kept = {stem.partition("[")[0] for stem in chosen}
     for owner, stems in pairs.items():
@@ -214,6 +213,13 @@ def _module(
     first = shown.site
     for part in parts:
         site = part.site
+        if _layout(site) != _layout(first):
+            raise IncompatibleError(
+                f"{inputs[shown.input].path} adapts {_experts(first)}, "
+                f"{inputs[part.input].path} {_experts(site)}: which tensors belong together cannot "
+                "be told",
+                module=stem,
+            )
         if site.shape != first.shape or _kernels_differ(site, first):
             raise IncompatibleError(
                 f"{inputs[shown.input].path} has {_describe(first)}, "
@@ -227,26 +233,20 @@ def _module(
                 f"layer in {inputs[part.input].path}",
                 module=stem,
             )
-        if (site.expert and site.expert[1], site.owned) != (
-            first.expert and first.expert[1],
-            first.owned,
-        ):
-            raise IncompatibleError(
-                f"{inputs[shown.input].path} adapts {_experts(first)}, "
-                f"{inputs[part.input].path} {_experts(site)}: which tensors belong together cannot "
-                "be told",
-                module=stem,
-            )
     by_module = to == inputs[0].dialect and to not in DIRECTORIES
     dialect = parts[0].site.dialect if by_module else to
     return Module(name, dialect, first.layer, first.shape, first.kernel, parts)
 
 
 def _kernels_differ(site: Site, other: Site) -> bool:
-    """Whether two kernels cannot be the same; a LoHa of a convolution may not show its own."""
-    if not (site.kernel and other.kernel) and {site.kind, other.kind} & FLAT_KINDS:
-        return False
-    return _extent(site.kernel) != _extent(other.kernel)
+    """Whether two kernels cannot be the same; factors that are matrices do not show theirs."""
+    return bool(site.kernel and other.kernel) and _extent(site.kernel) != _extent(other.kernel)
+
+
+def _layout(site: Site) -> tuple[int, tuple[str, ...]]:
+    """How many experts share a tensor, and which parameters of their module are adapted."""
+    nested = site.expert is not None or site.stem.endswith(".base_layer")
+    return (site.expert[1] if site.expert else 1, site.owned if nested else ())
 
 
 def _experts(site: Site) -> str:

@@ -15,6 +15,7 @@ from adapterops import casts
 from adapterops.arrays import Array, host
 from adapterops.certificate import Figures
 from adapterops.errors import NumericsError
+from adapterops.formats.model import Ref
 from adapterops.linalg import EPSILON
 from adapterops.plan import DenseSum
 
@@ -38,7 +39,7 @@ def summed(delta: DenseSum, dtype: str) -> DensePiece:
 
     Raises NumericsError for NaN, infinities or what the format cannot hold.
     """
-    terms = [part.coefficient * _finite(part.ref.read(), part.ref.name) for part in delta.parts]
+    terms = [part.coefficient * _finite(part.ref) for part in delta.parts]
     for low in delta.factors:
         B, A = low.site.factors()
         terms.append((low.coefficient * (host(B) @ host(A))).reshape(delta.shape))
@@ -66,7 +67,7 @@ def summed(delta: DenseSum, dtype: str) -> DensePiece:
 
 def measured(delta: DenseSum) -> Figures:
     """The figures of a full delta that is copied as it is."""
-    values = _finite(delta.parts[0].ref.read(), delta.parts[0].ref.name)
+    values = _finite(delta.parts[0].ref)
     size = _norm(values)
     return Figures(
         norm=size,
@@ -82,10 +83,15 @@ def measured(delta: DenseSum) -> Figures:
     )
 
 
-def _finite(values: Array, name: str) -> Array:
+def _finite(ref: Ref) -> Array:
+    values = ref.read()
     wrong = casts.count_nonfinite(values)
     if wrong:
-        raise NumericsError(f"{wrong} of {values.size} values of {name} are NaN or infinite")
+        raise NumericsError(
+            f"{wrong} of {values.size} values of {ref.name} are NaN or infinite",
+            path=ref.source.path,
+            hint="the training diverged or the file is damaged; leave this adapter out",
+        )
     return values
 
 

@@ -269,7 +269,7 @@ def _config(plan: Plan, rank: int, extras: Sequence[Extra], copy: bool) -> dict[
     sizes: dict[str, tuple[int, float]] = {}
     for module, site in zip(plan.modules, sites, strict=True):
         kept = (site.rank, site.alpha if site.alpha is not None else float(site.rank))
-        for name in [f"{site.owner}.{name}" for name in site.owned] or [module.tensors]:
+        for name in [f"{site.owner}.{name}" for name in site.meant] or [module.tensors]:
             sizes[name] = kept if copy else (rank, float(rank))
     owners = {site.owner for site in sites if site.owned}
     targets = [stem for stem, site in zip(stems, sites, strict=True) if not site.owned]

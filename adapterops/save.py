@@ -6,6 +6,7 @@ nothing behind.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -320,5 +321,8 @@ def _planned(plan: Plan, out: str, size: int, rank: int, extras: Mapping[str, st
         for part in module.parts:
             widths[part.input] = part.site.rank
         modules[module.stem] = (module.shape, tuple(widths))
+    for delta in plan.deltas:
+        shape = (delta.shape[0], math.prod(delta.shape[1:])) if delta.shape else (1, 1)
+        modules[delta.name] = (shape, tuple([0] * len(plan.inputs)))
     dtype = format_name(plan.dtype)
     return PlanReport(out, plan.dialect, dtype, rank, size, modules, extras)

@@ -14,9 +14,11 @@ from adapterops.plan import DenseSum, Module, Part
 # SDXL's kohya files name SGM blocks; its cross attention reads 2048 numbers, SD 1's and 2's fewer.
 _SDXL_CONTEXT = 2048
 _CONTEXT = re.compile(r"attn2[._]to_k$")
-_CONVOLUTION = re.compile(r"(^|[._])(conv\w*|in_layers_2|out_layers_3)$")
+_CONVOLUTION = re.compile(
+    r"(^|[._])(conv\w*|in_layers_2|out_layers_3|(attentions[._]\d+|blocks_\d+_1)[._]proj_(in|out))$"
+)
 # Kinds whose tensors may hold a convolution's kernel flattened into the columns.
-FLAT_KINDS = {"loha", "lokr", "adalora"}
+_FLAT_KINDS = {"loha", "lokr", "adalora"}
 
 
 def check_deltas(deltas: Sequence[DenseSum], to: str, first: AdapterFile) -> None:
@@ -95,14 +97,14 @@ def kernel_warnings(modules: Sequence[Module]) -> list[str]:
         for module in modules
         if not module.kernel
         and _CONVOLUTION.search(module.stem)
-        and all(part.site.kind in FLAT_KINDS for part in module.parts)
+        and all(part.site.kind in _FLAT_KINDS for part in module.parts)
     ]
     if not hidden:
         return []
     more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
     return [
-        f"{hidden[0]}{more}: the factors do not show the kernel of a convolution and are written "
-        "as a matrix, which not every loader takes"
+        f"{hidden[0]}{more}: if this is a convolution, its factors do not show the kernel; they "
+        "are written as matrices, which not every loader takes"
     ]
 
 

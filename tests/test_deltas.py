@@ -198,6 +198,25 @@ class TestMerging:
         for name, value in deltas.items():
             assert np.array_equal(load_file(out)[name], value)
 
+    def test_eight_bit_files_are_copied(self, tmp_path: Path) -> None:
+        """Sums are not stored in float8, but nothing is summed here."""
+        import torch
+        from safetensors.torch import load_file as load_torch
+        from safetensors.torch import save_file as save_torch
+
+        pair = {f"{PAIR}.{suffix}": value for suffix, value in LORA.draw(1, 2).items()}
+        arrays = draw(1, SHAPES) | pair
+        stored = {k: torch.from_numpy(v).to(torch.float8_e4m3fn) for k, v in arrays.items()}
+        file, out = tmp_path / "a.safetensors", tmp_path / "m.safetensors"
+        save_torch(stored, file)
+        report = ao.merge([file], out=out)
+        assert (report.dtype, report.error) == ("F8_E4M3", 0.0)
+        found = load_torch(out)
+        assert found.keys() == stored.keys()
+        for name, value in stored.items():
+            assert found[name].dtype == torch.float8_e4m3fn
+            assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8))
+
     def test_python_arithmetic_is_the_same(self, tmp_path: Path) -> None:
         files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
         deltas = [make(file, seed) for seed, file in enumerate(files)]
@@ -309,7 +328,8 @@ class TestBesideLowRank:
         assert [name for name in found if name.startswith(stem)] == [f"{stem}.diff"]
         assert gap(found[f"{stem}.diff"].astype(np.float64), wanted) < 1e-6
         assert list(plain(out)) == [PAIR]
-        assert sorted(read(out)) == [PAIR]
+        assert gap(read(out)[stem], wanted.reshape(len(wanted), -1)) < 1e-6
+        assert sorted(read(out)) == sorted([PAIR, stem])
 
     def test_a_weight_of_zero_leaves_the_factors(self, title: str, tmp_path: Path) -> None:
         files, deltas, _ = self.make(title, tmp_path)
@@ -355,3 +375,19 @@ def test_a_bias_beside_factors_is_fine(tmp_path: Path) -> None:
     assert_same(full(out), summed((0.7, 0.3), *biases))
     [found] = read(out).values()
     assert gap(found, 0.7 * dense(LORA.draw(0, 2)) + 0.3 * dense(LORA.draw(1, 2))) < 1e-6
+
+
+BARE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"  # without diffusers' `unet.`
+BARE_PAIR = {"lora_A.weight": (2, 30), "lora_B.weight": (24, 2)}
+
+
+def test_bare_names_with_both_in_one_file_are_refused(tmp_path: Path) -> None:
+    """The module is called `unet.…` as soon as it is read, its full delta is not."""
+    file = write(
+        tmp_path / "a.safetensors",
+        {BARE: draw(1, BARE_PAIR)},
+        **draw(2, {f"{BARE}.diff": (24, 30)}),
+    )
+    with pytest.raises(ao.AdapterOpsError, match=rf"unet\.{BARE}.*{BARE}\.diff") as caught:
+        ao.open_adapter(file)
+    assert caught.value.exit_code in (3, 4)

@@ -443,6 +443,30 @@ class TestMerging:
         with pytest.raises(IncompatibleError, match=STEM):
             ao.merge(files, [1, 1], out=tmp_path / "m.safetensors")
 
+    def test_a_flat_module_does_not_hide_that_others_differ(self, tmp_path: Path) -> None:
+        """3 x 3 and 9 x 1 have 54 columns each, and so has the LoHa that fits both."""
+        flat = {STEM: kind_of("LoHa, 3 x 3, flattened").draw(1, 2)}
+        files = [write(tmp_path / "flat.safetensors", flat)]
+        for name, kernel in (("square", (3, 3)), ("tall", (9, 1))):
+            arrays = kind_of("LoCon, 3 x 3").draw(2, 2)
+            arrays["lora_down.weight"] = arrays["lora_down.weight"].reshape(2, 6, *kernel)
+            files.append(write(tmp_path / f"{name}.safetensors", {STEM: arrays}))
+        for order in itertools.permutations(files):
+            with pytest.raises(IncompatibleError, match=rf"{STEM}.*kernel=\[[39], [13]\]"):
+                ao.merge(order, [1, 1, 1], out=tmp_path / "m.safetensors")
+
+    def test_a_convolution_that_shows_no_kernel_is_reported(self, tmp_path: Path) -> None:
+        """By its name it is one; loaders want a kernel where we can only write a matrix."""
+        stem, other = "lora_unet_down_blocks_0_resnets_0_conv1", kind_of("LoCon, 3 x 3")
+        arrays = kind_of("LoHa, 3 x 3, flattened").draw(1, 2)
+        file = write(tmp_path / "a.safetensors", {stem: arrays, STEM: arrays})
+        report = ao.merge([file], [0.5], out=tmp_path / "m.safetensors")
+        [warning] = report.warnings
+        assert stem in warning and "kernel" in warning and STEM not in warning
+        shown = write(tmp_path / "b.safetensors", {stem: other.draw(2, 2)})
+        report = ao.merge([file, shown], [0.5, 0.5], out=tmp_path / "n.safetensors")
+        assert not report.warnings
+
     @by_kind
     def test_truncation_is_the_best_and_certified(self, kind: Kind, tmp_path: Path) -> None:
         files, deltas = two(tmp_path, kind, kind)
@@ -611,6 +635,20 @@ def test_refused_by_name(
         ao.open_adapter(file)
     assert caught.value.exit_code == 4
     assert str(file) in str(caught.value)
+
+
+def test_every_alpha_without_factors_is_reported(tmp_path: Path) -> None:
+    """But not that of a refused kind, which is there for another reason."""
+    pair = {"lora_unet_q": kind_of("LoRA, linear").draw(1, 2)}
+    names = ["lora_unet_a.alpha", "lora_unet_b.alpha"]
+    orphans = dict.fromkeys(names, np.float32(2))
+    file = write(tmp_path / "two.safetensors", pair, **orphans)
+    found = [str(problem) for problem in read_adapter(file).problems]
+    assert len(found) == 2 and all(name in text for name, text in zip(names, found, strict=True))
+    refused = {"lora_unet_b.oft_blocks": np.ones((4, 8, 8), np.float32)}
+    file = write(tmp_path / "one.safetensors", pair, **orphans, **refused)
+    found = [str(problem) for problem in read_adapter(file).problems]
+    assert len(found) == 2 and "OFT" in found[0] and names[0] in found[1]
 
 
 class TestDoRA:

@@ -352,6 +352,20 @@ class TestBadInput:
         assert e.value.module == name and e.value.exit_code == 5
         assert not (tmp_path / "m").exists()
 
+    @pytest.mark.parametrize("weights", [[1.0], [0.5], [0.7, 0.3]], ids=str)
+    def test_a_nonfinite_bias_is_named_too(self, tmp_path, weights):
+        """Whether it is copied or summed: PEFT's lora_bias, `lora_B.bias`."""
+        for name, value in (("a", np.nan), ("b", 1.0)):
+            bias = np.array([1, value, *range(10)], np.float32)
+            extras = {"base_model.model.x.q.lora_B.bias": bias}
+            factors = pairs(1, {"x.q": (12, 16)}, 2)
+            write_peft(tmp_path / name, factors, extras=extras, lora_bias=True)
+        inputs = [tmp_path / "a", tmp_path / "b"][: len(weights)]
+        message = r"module x\.q: 1 of 12 values of .*x\.q\.lora_B\.bias are NaN or infinite"
+        with pytest.raises(NumericsError, match=message):
+            ao.merge(inputs, weights, out=tmp_path / "m")
+        assert not (tmp_path / "m").exists()
+
     def test_overflow_of_the_output_type(self, tmp_path):
         factors = {"q": (np.full((4, 1), 3e6, np.float32), np.full((1, 4), 3e6, np.float32))}
         write_peft(tmp_path / "a", factors)

@@ -364,6 +364,20 @@ class TestMerging:
         wanted = weighted(*zip((0.7, 0.3), (Mlx(f, qwen()).deltas for f in folders), strict=True))
         assert distance(Mlx(tmp_path / "m", qwen()).deltas, wanted) < 1e-6
 
+    def test_switch_layers_are_single_experts_by_another_name(self, tmp_path: Path) -> None:
+        """MLX stacks what a PEFT adapter of the original model holds expert by expert."""
+        a = make(tmp_path / "a", 1, keys=SWITCH, switch=True)
+        shapes = {
+            "model.layers.2.self_attn.q_proj": (12, 16),  # a module in common
+            "model.layers.2.mlp.experts.2.gate_proj": (10, 16),
+        }
+        b = write_peft(tmp_path / "b", pairs(2, shapes, 3))
+        for files in ([a, b], [b, a]):
+            with pytest.raises(IncompatibleError, match="one module in two dialects") as caught:
+                ao.merge(files, [0.7, 0.3], out=tmp_path / "m")
+            for name in ("switch_mlp.gate_proj[2]", "experts.2.gate_proj"):
+                assert f"'model.layers.2.mlp.{name}'" in str(caught.value)
+
     def test_with_a_peft_adapter_of_the_same_modules(self, tmp_path: Path) -> None:
         """MLX and PEFT call a module the same: summed by stem, or refused, never lost."""
         a = make(tmp_path / "a", 1)

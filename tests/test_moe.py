@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 import adapterops as ao
-from adapterops.errors import IncompatibleError
+from adapterops.errors import IncompatibleError, UsageError
 from adapterops.formats import open_adapter_file
 from tests.kinds import gap, read, write
 from tests.support import distance, load_file, weighted
@@ -276,6 +277,41 @@ def test_one_adapter_alone_is_copied(case: str, tmp_path: Path) -> None:
     assert distance(deltas(model, tmp_path / "m"), deltas(model, folder)) < 1e-6
 
 
+def test_patterns_of_the_output_name_the_parameter(tmp_path: Path) -> None:
+    """PEFT matches them against owner.parameter: attention of rank 4, experts of rank 2."""
+    names = REAL["target_parameters"]
+    config = {
+        **REAL,
+        "target_modules": [f"{x}_proj" for x in "qkvo"],  # most modules, so experts are the others
+        "rank_pattern": dict.fromkeys(names, 2),
+        "alpha_pattern": dict.fromkeys(names, 5),
+    }
+    folder = saved(qwen3, tmp_path / "a", r=4, lora_alpha=6, **config)
+    for weight in (1.0, 0.5):  # a copy, and a sum at one rank
+        out = tmp_path / f"m{weight}"
+        ao.merge([folder], [weight], out=out)
+        wanted = weighted((weight, deltas(qwen3, folder)))
+        assert distance(read(out), wanted) < 1e-6
+        assert distance(deltas(qwen3, out), wanted) < 1e-6
+    written = json.loads((tmp_path / "m1.0" / "adapter_config.json").read_text())
+    keys = {"^" + re.escape(f"model.layers.{n}.{name}") for n in range(2) for name in names}
+    assert written["rank_pattern"] == dict.fromkeys(keys, 2)
+    assert written["alpha_pattern"] == dict.fromkeys(keys, 5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_experts_that_were_not_chosen_are_zero(weight: float, tmp_path: Path) -> None:
+    """They share a tensor with the one that was: copying it would bring them along."""
+    folder = saved(tiny, tmp_path / "a", r=2, lora_alpha=3, **TWO)
+    ao.merge([folder], [weight], out=tmp_path / "m", modules=r".*\[1\]")
+    wanted = {
+        name: weight * value if name.endswith("[1]") else 0 * value
+        for name, value in deltas(tiny, folder).items()
+    }
+    assert distance(deltas(tiny, tmp_path / "m"), wanted) < 1e-6
+    assert distance(read(tmp_path / "m"), wanted) < 1e-6
+
+
 def test_outputs_of_the_model_are_those_of_the_sum(tmp_path: Path) -> None:
     """Through the router and the experts of a real model."""
     import torch
@@ -325,6 +361,27 @@ class TestAmbiguity:
             assert str(folder) in str(error)
         else:
             assert distance(found, wanted) < EXACT
+
+    @pytest.mark.parametrize("parameter", ["experts.up", "experts.down"])
+    def test_an_alpha_for_one_of_two_parameters(self, parameter: str, tmp_path: Path) -> None:
+        """Which of the nested pairs is the one that the pattern means is not in the file."""
+        patterns = {"alpha_pattern": {parameter: 7}}
+        folder = saved(tiny, tmp_path / "a", r=2, lora_alpha=3, **patterns, **TWO)
+        with pytest.raises(IncompatibleError, match=r"ambiguous.*\b7 for "):
+            ao.open_adapter(folder)
+        alike = saved(tiny, tmp_path / "b", r=2, lora_alpha=5, **TWO)  # the same factors
+        ao.merge([folder], [0.5], out=tmp_path / "m", alpha={folder: 5.0})
+        wanted = weighted((0.5, deltas(tiny, alike)))
+        assert distance(deltas(tiny, tmp_path / "m"), wanted) < 1e-6
+
+    def test_one_of_two_parameters_alone(self, tmp_path: Path) -> None:
+        """PEFT tells them apart by their number: what is left would be taken for the other."""
+        folder = saved(tiny, tmp_path / "a", r=2, lora_alpha=3, **TWO)
+        both = r"layers\.0\.experts\b.*layers\.0\.experts\.base_layer\b"
+        with pytest.raises(UsageError, match=f"--modules.*{both}"):
+            ao.merge([folder], out=tmp_path / "m", modules=r".*\.experts\[\d\]")
+        assert not (tmp_path / "m").exists()
+        ao.merge([folder], out=tmp_path / "m", modules=r"layers\.0\..*\[\d\]")
 
     def test_without_a_config_the_number_of_experts_is_unknown(self, tmp_path: Path) -> None:
         folder = saved(tiny, tmp_path, r=2, lora_alpha=3, **TWO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import adapterops as ao
 from adapterops.errors import FormatError, IncompatibleError
+from adapterops.formats import open_adapter_file
 from tests.dialects import EXTRAS
 from tests.support import dense, distance, pairs, weighted, write_kohya, write_peft
 
@@ -102,6 +104,52 @@ class TestConfig:
         (source / CONFIG).write_text(broken)
         with pytest.raises(FormatError, match=r"adapter_config\.json"):
             ao.open_adapter(source)
+
+
+class TestScale:
+    @pytest.mark.parametrize(
+        ("config", "scale"),
+        [
+            ({"use_rslora": True}, 6 / math.sqrt(4)),
+            ({"peft_type": "ADALORA", "init_r": 8, "target_r": 4}, 6 / (8 + 1e-5)),
+        ],
+        ids=["rsLoRA", "AdaLoRA"],
+    )
+    @pytest.mark.parametrize("said", [3, None], ids=["against the config", "instead of it"])
+    def test_an_alpha_that_is_given_means_what_the_config_s_would(
+        self, config: dict[str, Any], scale: float, said: int | None, tmp_path: Path
+    ) -> None:
+        factors = pairs(1, SHAPES, 4)
+        core = {f"base_model.model.{name}.lora_E": np.ones((4, 1), np.float32) for name in SHAPES}
+        extras = core if "init_r" in config else {}
+        source = write_peft(tmp_path / "a", factors, extras=extras, **config, lora_alpha=said)
+        alpha: Any = {source: 6.0} if said else 6.0
+        for weight in (1.0, 0.5):
+            out = tmp_path / f"m{weight}"
+            ao.merge([source], [weight], out=out, alpha=alpha)
+            assert distance(read(out), dense(factors, weight * scale)) < 1e-6
+
+    def test_thousands_of_patterns(self, tmp_path: Path) -> None:
+        """Exact ones, as we write them, before an expression; PEFT takes the first that matches."""
+        other = pytest.importorskip("peft.utils.other")
+        names = [f"layers.{i // 4}.{'qkvo'[i % 4]}_proj" for i in range(2000)]
+        late = [f"layers.{i}.q_proj" for i in range(500, 510)]  # the expression alone matches them
+        ranks = {name: 1 + i % 3 for i, name in enumerate(names)} | dict.fromkeys(late, 5)
+        alphas = {name: i + 2 for i, name in enumerate(names)} | dict.fromkeys(late, 7)
+        expression = r"layers\.\d*0\d\.q_proj"
+        patterns = {
+            field: {**{"^" + re.escape(name): values[name] for name in names}, expression: last}
+            for field, values, last in (("rank_pattern", ranks, 5), ("alpha_pattern", alphas, 7))
+        }
+        factors = {name: (np.ones((1, r)), np.ones((r, 1))) for name, r in ranks.items()}
+        source = write_peft(tmp_path / "a", factors, alpha=9, **{**patterns, "r": 4})
+        sites = open_adapter_file(source).sites
+        found = {name: (site.dim, site.alpha, site.scale) for name, site in sites.items()}
+        assert found == {name: (r, alphas[name], alphas[name] / r) for name, r in ranks.items()}
+        for name in (*names[::700], names[400], late[0]):  # 400: layers.100.q_proj, matched twice
+            for field, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+                theirs = patterns[field][other.get_pattern_key(patterns[field], name)]
+                assert theirs == values[name]
 
 
 class TestCopy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -172,6 +173,26 @@ def test_an_exception_of_the_consumer_ends_the_workers():
 def _consume_and_fail() -> None:
     for _ in run(jobs(Meter(), [1] * 100), Compute(threads=2)):
         raise RuntimeError("disk")
+
+
+def test_an_interrupt_does_not_wait_for_the_jobs_at_work():
+    """A kernel may have minutes to go; Ctrl-C strikes the one who waits for its result."""
+    gate, finished = threading.Event(), []
+
+    def work() -> None:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        finished.append(gate.wait(60))
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(run([Job("long", work, (), 1), Job("next", square, (2,), 1)], Compute(threads=1)))
+        assert not finished and _workers(), "it is still at work"
+    finally:
+        gate.set()
+    for thread in threading.enumerate():
+        if thread.name in _workers():
+            thread.join(60)
+    assert finished == [True] and not _workers()
 
 
 def _workers() -> list[str]:

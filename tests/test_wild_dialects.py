@@ -496,6 +496,20 @@ class TestOneModuleInTwoDialects:
             assert fragment in text or stem in text, text
         assert not (tmp_path / "m.safetensors").exists()
 
+    @pytest.mark.parametrize("suffix", ["diff", "diff_b"])
+    def test_full_deltas_have_names_too(self, suffix: str, tmp_path: Path) -> None:
+        """SGM's and diffusers' blocks of one U-Net, changed by nothing but full deltas there."""
+        files = []
+        for seed, block in enumerate(("input_blocks_3_0_op", "down_blocks_0_downsamplers_0_conv")):
+            tensors, _ = TEXT_KOHYA.draw(seed, 2)
+            tensors[f"lora_unet_{block}.{suffix}"] = np.ones(12, np.float32)
+            files.append(write(tmp_path / f"{seed}.safetensors", {}, **tensors))
+        with pytest.raises(IncompatibleError, match=r"SGM.*diffusers' names") as caught:
+            ao.merge(files, [0.7, 0.3], out=tmp_path / "m.safetensors")
+        assert caught.value.exit_code == 4
+        assert "input_blocks_3" in str(caught.value) and "down_blocks_0" in str(caught.value)
+        assert not (tmp_path / "m.safetensors").exists()
+
     def test_in_one_file_it_is_refused_too(self, tmp_path: Path) -> None:
         """The same module as `lora_unet_…` and as `unet.…`: loaders take one or the other."""
         first, spelling_1, second, spelling_2, _ = TWO_NAMES["kohya and diffusers"]

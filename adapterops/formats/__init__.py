@@ -62,9 +62,10 @@ def read_adapter(
     """
     place = locate(path)
     refs, metadata = _open_tensors(place, allow_pickle)
-    tensors = group(refs, place.weights)
-    problems = tensors.problems
     config, embedded = _configs(place, metadata)
+    heads = [str(name) for name in peft.listed(config or embedded, "modules_to_save")]
+    tensors = group(refs, place.weights, heads)
+    problems = tensors.problems
     dialects = {
         stem: dialect_of(stem, module.spelling, config) for stem, module in tensors.groups.items()
     }

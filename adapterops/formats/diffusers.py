@@ -26,7 +26,10 @@ COMPONENTS = (
 # transformers 5 left this level out of CLIPTextModel; a target's tail matches with and without.
 _TEXT_MODEL = "text_model."
 _WRAPPER = "base_model.model."
-_BARE_UNET = re.compile(r"^(down_blocks|mid_block|up_blocks)\.")
+_BARE_UNET = re.compile(
+    r"^((down_blocks|mid_block|up_blocks|time_embedding|add_embedding|class_embedding)\.|conv_in$"
+    r"|conv_out$)"
+)
 _OLD_TEXT = re.compile(
     r"^(?P<block>text_encoder.*\.self_attn)\.(?P<leaf>to_q|to_k|to_v|to_out\.0)$"
 )

@@ -75,6 +75,7 @@ _REFUSED = [
     (r"\.lora_diag(\.|$)", "KaSA", "it also changes the base"),
     (r"\.(oft_blocks|oft_diag|oft_R|boft_\w+)(\.|$)", "OFT/BOFT", "it multiplies the base weight"),
     (r"\.(a1|a2|b1|b2|bm)\.weight$", "GLoRA", "it multiplies the base weight"),
+    (r"\.(q_layer|p_layer|lambda_layer)(\.|$)", "T-LoRA", "its factors change with the timestep"),
     (r"\.(ia3_l|on_input)(\.|$)", "(IA)³", "it multiplies the base weight"),
     (
         r"\.(vera_lambda_[bd]|randlora_\w+)(\.|$)",

@@ -6,7 +6,7 @@ files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,15 +34,15 @@ class Tensors:
     refused: set[str] = field(default_factory=set)  # stems that tensors of a refused kind may have
 
 
-def group(refs: Mapping[str, Ref], path: str) -> Tensors:
-    """Sort a file's tensors by what their names say."""
+def group(refs: Mapping[str, Ref], path: str, heads: Sequence[str] = ()) -> Tensors:
+    """Sort a file's tensors by what their names say; PEFT saves modules named `heads` whole."""
     result = Tensors()
     tentative: list[tuple[grammar.Key, Ref]] = []
     adapters: dict[str, str] = {}
     for name, ref in refs.items():
         key = grammar.parse(name)
         if key is None:
-            _file_away(name, ref, path, result)
+            _file_away(name, ref, path, heads, result)
         elif key.role in grammar.TENTATIVE:
             tentative.append((key, ref))
         else:
@@ -67,9 +67,10 @@ def group(refs: Mapping[str, Ref], path: str) -> Tensors:
     return result
 
 
-def _file_away(name: str, ref: Ref, path: str, result: Tensors) -> None:
+def _file_away(name: str, ref: Ref, path: str, heads: Sequence[str], result: Tensors) -> None:
     problem = grammar.refused(name, path)
-    if problem:
+    saved = name.startswith(peft.PREFIX) and any(f".{head}." in name for head in heads)
+    if problem and not saved:
         result.problems.append(problem)
         stem = name.rpartition(".")[0]
         result.refused |= {stem, stem.rpartition(".")[0]}
@@ -109,6 +110,7 @@ def not_an_adapter(refs: Mapping[str, Ref], path: str) -> FormatError:
 
 
 _PEFT_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
+_FLAT = ("lora_", "lycoris_")  # what kohya's and LyCORIS' flattened stems begin with
 _BY_SPELLING = {
     "kohya": "kohya",
     "mlx": "mlx",
@@ -129,7 +131,7 @@ def dialect_of(stem: str, spelling: str, config: Mapping[str, Any]) -> str:
     configured = str(config.get("peft_type", "")).upper() in _PEFT_TYPES
     if configured and not diffusers.component(stem):
         return "peft"
-    return "kohya" if spelling == "lycoris" else "diffusers"
+    return "kohya" if spelling == "lycoris" and stem.startswith(_FLAT) else "diffusers"
 
 
 def style_of(groups: Mapping[str, Group], dialects: Mapping[str, str]) -> str:
@@ -140,8 +142,9 @@ def style_of(groups: Mapping[str, Group], dialects: Mapping[str, str]) -> str:
             continue
         part = diffusers.component(diffusers.canonical(stem))
         if styles.get(part) in (None, "lora"):
-            bare = module.spelling == "peft" and part and not diffusers.component(stem)
-            styles[part] = "bare" if bare else module.spelling
+            spelling = "peft" if module.spelling == "lycoris" else module.spelling
+            bare = spelling == "peft" and part and not diffusers.component(stem)
+            styles[part] = "bare" if bare else spelling
     return " ".join(f"{part}={style}" for part, style in sorted(styles.items()))
 
 

@@ -146,7 +146,7 @@ def _expand_lokr(v: Mapping[str, Array], enabled: Sequence[bool]) -> tuple[Array
     sides = []
     for name in ("kw1", "kw2"):
         if name in v:
-            sides.append(_split(_flat(v[name])))
+            sides.append(split(_flat(v[name])))
         else:
             sides.append(_factors(v, f"{name}_a", f"{name}_b", f"kt{name[-1]}"))
     (left_1, right_1), (left_2, right_2) = sides
@@ -229,7 +229,7 @@ def _core_times(core: Array, right: Array) -> Array:
     return moved.mT.reshape(p, -1)
 
 
-def _split(full: Array) -> tuple[Array, Array]:
+def split(full: Array) -> tuple[Array, Array]:
     """A matrix as factors of the smaller of its sides: itself and an identity."""
     rows, columns = full.shape
     xp = namespace(full)

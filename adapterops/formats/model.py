@@ -73,7 +73,8 @@ class Site:
     which alpha is divided by. ΔW = scale · B·A; `alpha` is the number that the scale was made
     from, None where it was assumed; `alpha_given` if the user said it. A scale that nothing says
     is NaN. `expert` is (index, count) where one tensor holds the factors of several; `owned` are
-    the parameters that PEFT's target_parameters adapt at `owner`.
+    the parameters that PEFT's target_parameters adapt at `owner`, `meant` those of them that this
+    pair may be.
     """
 
     stem: str
@@ -89,6 +90,7 @@ class Site:
     expert: tuple[int, int] | None = None
     owner: str = ""
     owned: tuple[str, ...] = ()
+    meant: tuple[str, ...] = ()
     scale: float = math.nan
     scale_from: str = ""
     alpha: float | None = None
@@ -110,6 +112,7 @@ class Site:
             self.expert,
             self.owner,
             self.owned,
+            self.meant,
             scale,
             origin,
             alpha,

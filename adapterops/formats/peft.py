@@ -230,6 +230,24 @@ def target_path(module: str) -> str:
     return module.partition(".base_layer.")[0]
 
 
+def tails(path: str) -> list[str]:
+    """The ends of a path that a listed name may match: `b.c` and `c` of `a.b.c`, and all of it."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def is_target(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether `target_modules` name a module, listed or by an expression."""
+    given = config.get("target_modules")
+    if isinstance(given, str):
+        safe = len(given) <= LONGEST_PATTERN and not NESTED.search(given)
+        try:
+            return safe and re.fullmatch(given, module) is not None
+        except re.error:
+            return False
+    return not set(map(str, listed(config, "target_modules"))).isdisjoint(tails(module))
+
+
 def extra_name(name: str, modules: Collection[str]) -> str:
     """The saved name of a trained bias beside LoRA on `modules`.
 

@@ -65,7 +65,7 @@ def target_parameters(configs: Sequence[Mapping[str, Any]], owners: Collection[s
     return sorted(
         entry
         for entry, parent in parents.items()
-        if not parent or any(parent in _tails(owner) for owner in owners)
+        if not parent or any(parent in peft.tails(owner) for owner in owners)
     )
 
 
@@ -89,7 +89,7 @@ def target_modules(
     given = [config.get("target_modules") for config in configs]
     if all(isinstance(item, list) for item in given):
         names = {str(name) for item in given for name in item or ()}
-        matched = [names & set(_tails(path)) for path in paths]
+        matched = [names & set(peft.tails(path)) for path in paths]
         return sorted(set().union(*matched)) if matched and all(matched) else _exactly(paths)
     renamed = any(_RENAMED.match(path) for path in paths)
     if renamed and all(isinstance(item, list | str) for item in given):
@@ -128,12 +128,6 @@ def _matches_all(pattern: str, paths: Sequence[str]) -> bool:
     except re.error:
         return False
     return all(compiled.fullmatch(path) for path in paths)
-
-
-def _tails(path: str) -> list[str]:
-    """The ends of a path that a listed name may match: `b.c` and `c` of `a.b.c`, and all of it."""
-    parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _anchor(module: str) -> str:

@@ -113,13 +113,13 @@ class ScaleFinder:
                 )
             origin = f"{scales.alpha_key} in {os.path.basename(where)}"
             alpha, rank = scales.alpha(module), site.dim or int(expected or 0)
-            self._check_owned(site, scales, alpha)
+            self._check_meant(site, scales, alpha)
             yield scales.scaled(alpha, rank), alpha, origin
 
     def _configured_name(self, site: Site) -> str:
         """What a config calls a module: without its component, an expert by its parameter."""
-        if site.owned:
-            return f"{site.owner}.{site.owned[0]}"
+        if site.meant:
+            return f"{site.owner}.{site.meant[0]}"
         part = diffusers.component(site.stem) if site.dialect == "diffusers" else ""
         return site.stem.removeprefix(part + ".") if part else site.stem
 
@@ -130,18 +130,18 @@ class ScaleFinder:
             scales = parts.get(part, parts[""])
             yield where, scales if scales.known else parts[""]
 
-    def _check_owned(self, site: Site, scales: peft.Scales, alpha: float) -> None:
+    def _check_meant(self, site: Site, scales: peft.Scales, alpha: float) -> None:
         """Which of a module's parameters a nested pair belongs to is not in the file."""
-        for parameter in site.owned[1:]:
+        for parameter in site.meant[1:]:
             other = scales.alpha(f"{site.owner}.{parameter}")
             if other != alpha:
                 raise IncompatibleError(
                     f"MoE target_parameters are ambiguous: alpha is {alpha:g} for "
-                    f"{site.owned[0]} and {other:g} for {parameter}, and which of them this pair "
+                    f"{site.meant[0]} and {other:g} for {parameter}, and which of them this pair "
                     "adapts is not in the file",
                     path=self._path,
                     module=site.stem,
-                    hint=f"say one alpha for both with --alpha {self._path}=X",
+                    hint="different ranks for the two (rank_pattern) would tell them apart",
                 )
 
     def _given(self, site: Site, alpha: float) -> Site:

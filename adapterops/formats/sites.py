@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 from adapterops import casts
@@ -16,6 +17,7 @@ from adapterops.formats.model import Layer, Ref, Site
 
 _BESIDE = {"alpha", "bias", "magnitude"}
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embedding"}
+_MOST_NESTED = 5  # parameters of one module that PEFT wraps in one another
 DORA = "dora"
 
 
@@ -28,7 +30,11 @@ def make_sites(
     """Sites by module, and what is wrong with the modules that make none."""
     sites: dict[str, Site] = {}
     problems: list[AdapterOpsError] = []
-    levels = Counter(owner_of(peft.module_path(stem)) for stem in groups)
+    levels: dict[str, dict[str, int]] = defaultdict(dict)
+    for stem, module in groups.items():
+        if "A" in module.parts and module.parts["A"].shape:
+            path_in_model = peft.module_path(stem)
+            levels[owner_of(path_in_model)][path_in_model] = module.parts["A"].shape[0]
     for stem, module in sorted(groups.items()):
         name = _module(stem, dialects[stem])
         try:
@@ -68,7 +74,11 @@ def _module(stem: str, dialect: str) -> str:
 
 
 def _sites(
-    name: str, module: Group, dialect: str, config: Mapping[str, Any], levels: Mapping[str, int]
+    name: str,
+    module: Group,
+    dialect: str,
+    config: Mapping[str, Any],
+    levels: Mapping[str, Mapping[str, int]],
 ) -> list[Site]:
     """One site, or one per expert. Raises for tensors that make no module of a known kind."""
     roles = frozenset(module.parts) - _BESIDE
@@ -190,58 +200,91 @@ def _per_expert(
     dialect: str,
     pairs: list[tuple[Ref, Ref]],
     owned: tuple[str, ...] = (),
+    meant: tuple[str, ...] = (),
 ) -> list[Site]:
     sites = []
     for index, (A, B) in enumerate(pairs):
         parts = {**module.parts, "A": A, "B": B}
         site = _site(f"{name}[{index}]", Group(parts, module.spelling), dialect, "lora")
         expert = (index, len(pairs))
-        sites.append(replace(site, expert=expert, owner=owner_of(name), owned=owned))
+        owner = owner_of(name)
+        sites.append(replace(site, expert=expert, owner=owner, owned=owned, meant=meant))
     return sites
 
 
 def _experts(
-    name: str, module: Group, config: Mapping[str, Any], levels: Mapping[str, int]
+    name: str, module: Group, config: Mapping[str, Any], levels: Mapping[str, Mapping[str, int]]
 ) -> list[Site] | None:
     """The experts of a PEFT `target_parameters` module, None if it is an ordinary one.
 
-    A_e is A[e·r:(e+1)·r], B_e is B[:, e::E] (peft 0.21.2, `lora/layer.py`, ParamWrapper). How many
-    experts there are follows from r alone, and which parameter is meant from how many there are.
+    A_e is A[e·r:(e+1)·r], B_e is B[:, e::E] (peft 0.21.2, `lora/layer.py`, ParamWrapper). Neither
+    E nor which of several nested pairs adapts which parameter is in the file: both follow from the
+    ranks that the config gives, where only one assignment of parameters to pairs has one E.
     """
     owner = owner_of(name)
-    owned = _owned(owner, config)
+    rows = levels.get(owner, {})
+    owned = _owned(owner, len(rows), config)
     if not owned:
         if owner != name or (owner.endswith("experts") and not config):
             raise UnsupportedError(
-                "this is MoE target_parameters, and no config says which and of what rank",
+                "this is MoE target_parameters, and no config says which and of what rank"
             )
         return None
     A, B = module.parts["A"], module.parts["B"]
-    scales = peft.Scales(config, "")
-    ranks = {scales.rank(f"{owner}.{parameter}", A.shape[0]) for parameter in owned}
-    rank = ranks.pop() if len(ranks) == 1 else None
-    if rank is None or not rank or A.shape[0] % rank or levels[owner] != len(owned):
+    found = _assignments(owner, rows, owned, peft.Scales(config, ""))
+    ranks = {assigned[name][1] for assigned in found}
+    if len(ranks) != 1:
         raise IncompatibleError(
-            f"MoE target_parameters are ambiguous: the config adapts {', '.join(owned)} with rank "
-            f"{rank}, the file has {levels[owner]} factor pairs here, this one of "
-            f"{A.shape[0]} rows",
+            f"MoE target_parameters are ambiguous: the config adapts {', '.join(owned)}, the file "
+            f"has {len(rows)} factor pairs here, of {' and '.join(map(str, rows.values()))} rows, "
+            "and their ranks do not say how many experts there are",
             hint="correct r, rank_pattern or target_parameters in adapter_config.json",
         )
-    count = int(A.shape[0] // rank)
+    rank = ranks.pop()
+    meant = tuple(sorted({assigned[name][0] for assigned in found}))
+    count = A.shape[0] // rank
     if count == 1:
-        return [replace(_site(name, module, "peft", "lora"), owner=owner, owned=owned)]
+        site = _site(name, module, "peft", "lora")
+        return [replace(site, owner=owner, owned=owned, meant=meant)]
     if len(A.shape) != 2 or len(B.shape) != 2 or B.shape[1] != A.shape[0]:
         raise FormatError(f"A {list(A.shape)} and B {list(B.shape)} are no experts' factors")
-    width = (B.shape[0], int(rank))
+    width = (B.shape[0], rank)
     pairs = [(_nth(A, e, count), replace(B, shape=width, every=(e, count))) for e in range(count)]
-    return _per_expert(name, module, "peft", pairs, owned)
+    return _per_expert(name, module, "peft", pairs, owned, meant)
 
 
-def _owned(owner: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of a module's parameters that the config adapts."""
-    owned = []
+def _assignments(
+    owner: str, rows: Mapping[str, int], owned: Sequence[str], scales: peft.Scales
+) -> list[dict[str, tuple[str, int]]]:
+    """Every way to give each pair a parameter so that all have the same number of experts."""
+    found = []
+    for order in permutations(owned) if len(owned) == len(rows) <= _MOST_NESTED else ():
+        counts = set()
+        assigned = {}
+        for (stem, height), parameter in zip(rows.items(), order, strict=True):
+            rank = int(scales.rank(f"{owner}.{parameter}", height) or 0)
+            counts.add(height // rank if rank and height % rank == 0 else 0)
+            assigned[stem] = (parameter, rank)
+        if len(counts) == 1 and counts != {0}:
+            found.append(assigned)
+    return found
+
+
+def _owned(owner: str, depth: int, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a module's parameters that the config adapts, `depth` of them.
+
+    An entry without a parent (`gate_up_proj`) may be any module's: of one that is a target itself
+    it is none.
+    """
+    named, bare = set(), set()
     for entry in peft.listed(config, "target_parameters"):
         parent, _, parameter = str(entry).rpartition(".")
-        if not parent or owner == parent or owner.endswith(f".{parent}"):
-            owned.append(parameter)
-    return tuple(sorted(owned))
+        if not parent:
+            bare.add(parameter)
+        elif owner == parent or owner.endswith(f".{parent}"):
+            named.add(parameter)
+    if named and len(named) == depth:
+        return tuple(sorted(named))
+    if not named and depth == 1 and peft.is_target(owner, config):
+        return ()
+    return tuple(sorted(named | bare))

@@ -26,6 +26,7 @@ def page(found: Inspection, *, verbose: bool = False) -> str:
     terminal = sys.stdout.isatty()
     buffer = io.StringIO()
     console = Console(
+        emoji=False,
         file=buffer,
         force_terminal=terminal,
         highlight=False,

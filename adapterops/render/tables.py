@@ -35,6 +35,7 @@ def print_merge(
     """The certificate of a merge on stdout; `command(rank)` is the command for a rank."""
     terminal = sys.stdout.isatty()
     console = Console(
+        emoji=False,
         file=io.StringIO(),
         force_terminal=terminal,
         highlight=False,
