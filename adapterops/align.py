@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from adapterops.casts import READABLE
 from adapterops.errors import IncompatibleError, NumericsError, UnsupportedError, UsageError
+from adapterops.formats import diffusers
 from adapterops.formats.model import AdapterFile, Site
 from adapterops.formats.names import DIRECTORIES, factored_weight, two_names
 from adapterops.plan import DensePart, DenseSum, Module, Part, Plan
 from adapterops.target import (
     base_warnings,
     check_deltas,
-    kernel_warnings,
     orientation_warnings,
     output_dtype,
     output_names,
@@ -41,8 +41,9 @@ def align(
     for file, weight in zip(inputs, weights, strict=True):
         if not math.isfinite(weight):
             raise UsageError(f"the weight {weight} of {file.path} is not a finite number")
-    _check_names(inputs)
-    _check_overlap(inputs)
+    changed = _changed_by(inputs)
+    _check_names(inputs, changed)
+    _check_overlap(inputs, changed)
     gathered: dict[str, list[Part]] = defaultdict(list)
     dense: dict[str, list[DensePart]] = defaultdict(list)
     for index, (file, weight) in enumerate(zip(inputs, weights, strict=True)):
@@ -51,7 +52,7 @@ def align(
             gathered[stem].append(Part(index, weight * site.scale, site))
         for name, ref in file.deltas.items() if weight else ():
             _check_coefficient(weight, weight, file, name)
-            dense[name].append(DensePart(index, weight, ref))
+            dense[changed[index][name]].append(DensePart(index, weight, ref))
     if not gathered and not dense:
         raise NumericsError("every weight is zero: the result is nothing but zeros")
     chosen, sums, left_out = _select(gathered, dense, modules)
@@ -64,7 +65,7 @@ def align(
         _module(stem, name, tuple(chosen[stem]), inputs, target)
         for stem, name in sorted(names.items(), key=lambda pair: _natural(pair[0]))
     )
-    warnings += base_warnings(inputs) + orientation_warnings(inputs) + kernel_warnings(result)
+    warnings += base_warnings(inputs) + orientation_warnings(inputs)
     if not any(module.columns for module in result) and not deltas:
         raise IncompatibleError("all adapters have rank 0: there is nothing to write")
     dialects = {module.dialect for module in result} or {target}
@@ -86,9 +87,31 @@ def _natural(stem: str) -> tuple[str, int]:
     return (head, int(index[:-1])) if bracket and index[:-1].isdigit() else (stem, 0)
 
 
-def _check_names(inputs: Sequence[AdapterFile]) -> None:
+def _changed_by(inputs: Sequence[AdapterFile]) -> list[dict[str, str]]:
+    """For every input: full delta -> its name with the module's name as the factors have it.
+
+    Old diffusers files leave out `unet.`, which modules are called by here; whether a delta's name
+    is such a one, only the names of the factors tell.
+    """
+    stems = {stem for file in inputs for stem in file.sites}
+    dotted = any(s.dialect == "diffusers" for file in inputs for s in file.sites.values())
+
+    def known(name: str) -> str:
+        stem, _, suffix = name.rpartition(".")
+        full = diffusers.canonical(stem)
+        return f"{full}.{suffix}" if stem not in stems and (full in stems or dotted) else name
+
+    return [{name: known(name) for name in file.deltas} for file in inputs]
+
+
+def _check_names(inputs: Sequence[AdapterFile], changed: Sequence[Mapping[str, str]]) -> None:
     """Modules are matched by stem: that works where no module goes by two names."""
-    clash = two_names({file.path: [*file.sites, *map(_changed, file.deltas)] for file in inputs})
+    clash = two_names(
+        {
+            file.path: [*file.sites, *map(_changed, names.values())]
+            for file, names in zip(inputs, changed, strict=True)
+        }
+    )
     families = {
         site.dialect in DIRECTORIES: file
         for file in reversed(inputs)
@@ -134,7 +157,7 @@ def _dense_sum(
                 f"{_describe(low.site)}; are both adapters of the same base model?",
                 module=low.site.stem,
             )
-    return DenseSum(name, first.shape, tuple(parts), tuple(factors))
+    return DenseSum(parts[0].ref.name, first.shape, tuple(parts), tuple(factors))
 
 
 def _check_coefficient(coefficient: float, weight: float, file: AdapterFile, stem: str) -> None:
@@ -148,10 +171,13 @@ def _check_coefficient(coefficient: float, weight: float, file: AdapterFile, ste
         )
 
 
-def _check_overlap(inputs: Sequence[AdapterFile]) -> None:
+def _check_overlap(inputs: Sequence[AdapterFile], deltas: Sequence[Mapping[str, str]]) -> None:
     """Every input must share a module with some other one."""
     owners: dict[str, int] = defaultdict(int)
-    changed = [{*file.sites, *map(_changed, file.deltas)} for file in inputs]
+    changed = [
+        {*file.sites, *map(_changed, names.values())}
+        for file, names in zip(inputs, deltas, strict=True)
+    ]
     for stems in changed:
         for stem in stems:
             owners[stem] += 1

@@ -48,6 +48,7 @@ from adapterops.plan import Plan
 from adapterops.provenance import Origin, Provenance, file_sha256, given_alphas, labels
 from adapterops.ranks import Ranks
 from adapterops.stream import Compute
+from adapterops.target import kernel_warnings
 from adapterops.writing import write
 
 _RESERVE = 512
@@ -160,7 +161,8 @@ def _save(
         )
     form, entries, metadata = form_at(rank)
     size = _file_size(entries, metadata)
-    warnings = [*plan.warnings, *form.warnings, *left]
+    hidden = [] if copy else kernel_warnings(plan.modules)
+    warnings = [*plan.warnings, *hidden, *form.warnings, *left]
     if options.strict and warnings:
         raise IncompatibleError(f"--strict: {warnings[0]}")
     hints = _hints(plan, spectra, whole, rank)

@@ -67,11 +67,18 @@ def run(jobs: Iterable[Job[T]], on: Compute) -> Generator[T, None, None]:
             while pending:
                 done, future = pending.popleft()
                 yield _result(done, future)
-        except KeyboardInterrupt:
-            wait = False  # a signal may have struck within the pool's own locks
+        except (KeyboardInterrupt, GeneratorExit) as error:
+            wait = not _interrupted(error)  # a signal may have struck within the pool's own locks
             raise
         finally:
             pool.shutdown(wait=wait, cancel_futures=True)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an interrupt is what made the consumer stop, through whatever closed on its way."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _submit(pool: ThreadPoolExecutor, job: Job[T]) -> Future[T]:

@@ -15,7 +15,7 @@ from adapterops.plan import DenseSum, Module, Part
 _SDXL_CONTEXT = 2048
 _CONTEXT = re.compile(r"attn2[._]to_k$")
 _CONVOLUTION = re.compile(
-    r"(^|[._])(conv\w*|in_layers_2|out_layers_3|(attentions[._]\d+|blocks_\d+_1)[._]proj_(in|out))$"
+    r"(^|[._])(conv|conv\d|conv_(in|out|shortcut)|op|in_layers_2|out_layers_3|(attentions[._]\d+|blocks_\d+_1)[._]proj_(in|out))$"
 )
 # Kinds whose tensors may hold a convolution's kernel flattened into the columns.
 _FLAT_KINDS = {"loha", "lokr", "adalora"}

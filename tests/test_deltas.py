@@ -391,3 +391,33 @@ def test_bare_names_with_both_in_one_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ao.AdapterOpsError, match=rf"unet\.{BARE}.*{BARE}\.diff") as caught:
         ao.open_adapter(file)
     assert caught.value.exit_code in (3, 4)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_bare_names_of_factors_and_of_a_full_delta_are_one_module(
+    swapped: bool, tmp_path: Path
+) -> None:
+    other = "mid_block.attentions.0.proj"
+    low, high = draw(1, BARE_PAIR), draw(2, {f"{BARE}.diff": (24, 30)})
+    a = write(tmp_path / "a.safetensors", {BARE: low, other: draw(3, BARE_PAIR)})
+    b = write(tmp_path / "b.safetensors", {other: draw(4, BARE_PAIR)}, **high)
+    files, weights = ([b, a], [-0.3, 0.7]) if swapped else ([a, b], [0.7, -0.3])
+    out = tmp_path / "m.safetensors"
+    ao.merge(files, weights, out=out, dtype="float32")
+    exact = {k: v.astype(np.float64) for k, v in (low | high).items()}
+    wanted = 0.7 * exact["lora_B.weight"] @ exact["lora_A.weight"] - 0.3 * exact[f"{BARE}.diff"]
+    assert [name for name in load_file(out) if "attn1" in name] == [f"{BARE}.diff"]
+    assert gap(full(out)[f"{BARE}.diff"], wanted) < 1e-6
+
+
+def test_a_bias_beside_bare_factors_is_fine(tmp_path: Path) -> None:
+    bias = draw(2, {f"{BARE}.diff_b": (24,)})
+    file = write(tmp_path / "a.safetensors", {BARE: draw(1, BARE_PAIR)}, **bias)
+    ao.merge([file], [0.5], out=tmp_path / "m.safetensors", dtype="float32")
+    assert (
+        gap(
+            full(tmp_path / "m.safetensors")[f"{BARE}.diff_b"],
+            0.5 * bias[f"{BARE}.diff_b"].astype(float),
+        )
+        < 1e-6
+    )

@@ -768,3 +768,12 @@ def test_two_files_of_all_kinds_at_once(tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     ao.merge(files, [0.7, -0.3], out=out, dtype="float32", rank=OUT)
     assert distance(read_kohya(out), weighted((0.7, sums[0]), (-0.3, sums[1]))) < 1e-6
+
+
+def test_a_copy_of_a_loha_is_not_written_as_a_matrix(tmp_path: Path) -> None:
+    """It is copied byte for byte."""
+    arrays = kind_of("LoHa, 3 x 3, flattened").draw(1, 2)
+    file = write(tmp_path / "a.safetensors", {"lora_unet_down_blocks_0_resnets_0_conv1": arrays})
+    report = ao.merge([file], out=tmp_path / "m.safetensors")
+    assert {module.route for module in report.modules.values()} == {"copy"}
+    assert not report.warnings

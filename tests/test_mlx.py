@@ -373,10 +373,10 @@ class TestMerging:
         }
         b = write_peft(tmp_path / "b", pairs(2, shapes, 3))
         for files in ([a, b], [b, a]):
-            with pytest.raises(IncompatibleError, match="one module in two dialects") as caught:
+            with pytest.raises(IncompatibleError, match="in two dialects") as caught:
                 ao.merge(files, [0.7, 0.3], out=tmp_path / "m")
-            for name in ("switch_mlp.gate_proj[2]", "experts.2.gate_proj"):
-                assert f"'model.layers.2.mlp.{name}'" in str(caught.value)
+            for name in ("switch_mlp.", "experts."):
+                assert f"'model.layers.2.mlp.{name}" in str(caught.value)
 
     def test_with_a_peft_adapter_of_the_same_modules(self, tmp_path: Path) -> None:
         """MLX and PEFT call a module the same: summed by stem, or refused, never lost."""
@@ -502,3 +502,14 @@ class TestConversion:
 def rows() -> list[tuple[str, str, str]]:
     """(dialect, title, kind) of each case here, for the table of what is supported."""
     return [("mlx", case, "lora") for case in CASES]
+
+
+@pytest.mark.parametrize("name", ["experts.2.w1", "experts[2]"])
+def test_switch_layers_by_mixtral_s_names_and_as_one_parameter(name: str) -> None:
+    from adapterops.formats.names import two_names
+
+    stems = {
+        "a": ["model.layers.0.mlp.switch_mlp.gate_proj[2]"],
+        "b": [f"model.layers.0.mlp.{name}"],
+    }
+    assert two_names(stems)

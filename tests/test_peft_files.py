@@ -429,3 +429,23 @@ def test_a_path_without_a_dot_is_not_taken_for_the_end_of_another(tmp_path: Path
     target = config_of(tmp_path / "m")["target_modules"]
     assert isinstance(target, str) and re.fullmatch(target, "q")
     assert not re.fullmatch(target, "block.q")
+
+
+@pytest.mark.parametrize("first", ["the expression", "the path"])
+def test_the_first_pattern_that_matches_is_taken(first: str, tmp_path: Path) -> None:
+    """PEFT's own configs are sorted: `.*` comes before `^`."""
+    other = pytest.importorskip("peft.utils.other")
+    items = [(r".*\.q_proj", 9), (r"^layers\.0\.q_proj", 5)]
+    patterns = dict(items if first == "the expression" else items[::-1])
+    source = write_peft(
+        tmp_path / "a", pairs(1, {"layers.0.q_proj": (12, 10)}, 2), alpha_pattern=patterns
+    )
+    theirs = patterns[other.get_pattern_key(patterns, "layers.0.q_proj")]
+    assert open_adapter_file(source).sites["layers.0.q_proj"].alpha == theirs
+
+
+def test_where_the_scale_comes_from_is_the_rule_that_made_it(tmp_path: Path) -> None:
+    """6 / sqrt(4) = 3 is shown as "--alpha 6 / rank 4"."""
+    source = write_peft(tmp_path / "a", pairs(1, {"x.q": (12, 10)}, 4), use_rslora=True, alpha=3)
+    site = open_adapter_file(source, alpha=6.0, alpha_wins=True).sites["x.q"]
+    assert site.scale == 3.0 and site.scale_from != "--alpha 6 / rank 4"

@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,3 +300,31 @@ def test_a_merge_is_the_same_for_every_budget_and_number_of_threads(rank, tmp_pa
 def test_defaults_are_sensible():
     assert available_threads() >= 1
     assert available_memory() > 0
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_interrupt_of_the_consumer_does_not_wait_either(wrapped: bool) -> None:
+    """Ctrl-C strikes while the consumer writes, and `closing` closes the run."""
+    gate, begun, finished = threading.Event(), threading.Event(), []
+
+    def long() -> None:
+        begun.set()
+        finished.append(gate.wait(3))
+
+    def outer(results: Any) -> Any:
+        with closing(results):
+            yield from results
+
+    jobs = [Job("short", int, (), 1), Job("long", long, (), 1)]
+    results = run(jobs, Compute(threads=1))
+    try:
+        with (
+            pytest.raises(KeyboardInterrupt),
+            closing(outer(results) if wrapped else results) as found,
+        ):
+            for _ in found:
+                begun.wait(3)
+                raise KeyboardInterrupt
+        assert not finished
+    finally:
+        gate.set()

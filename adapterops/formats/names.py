@@ -56,7 +56,7 @@ _UNET = list(_VOCABULARIES)[:2]
 _FLUX = list(_VOCABULARIES)[2:5]
 _NUMBERS = list(_VOCABULARIES)[5:]
 _APART = [_UNET, _FLUX, _NUMBERS + _UNET[:1], _NUMBERS + _UNET[1:]]
-_SWITCH = re.compile(r"switch_mlp\.(?P<leaf>\w+)\[(?P<expert>\d+)\]$")
+_EXPERTS = re.compile(r"(?P<parent>.*_|)(?P<name>switch_mlp|experts)(_|\[|$)")
 _FUSED = re.compile(
     r"(?P<parent>.*?_|)(qkv|qkv_proj|to_qkv|in_proj|c_attn|query_key_value|gate_up_proj)$"
 )
@@ -73,6 +73,7 @@ def two_names(files: Mapping[str, Iterable[str]]) -> str | None:
             where.setdefault(stem, path)
     names: dict[str, str] = {}
     vocabularies: dict[str, str] = {}
+    moe: dict[str, tuple[str, str]] = {}
     fused: dict[str, str] = {}
     split: dict[str, str] = {}
     for stem in where:
@@ -83,6 +84,11 @@ def two_names(files: Mapping[str, Iterable[str]]) -> str | None:
         vocabulary = _vocabulary(flat) if root == "denoiser" else None
         if vocabulary:
             vocabularies.setdefault(vocabulary, stem)
+        experts = _EXPERTS.match(flat)
+        if experts:  # MLX stacks in switch_mlp what others keep in experts
+            mine = moe.setdefault(f"{root}:{experts['parent']}", (experts["name"], stem))
+            if mine[0] != experts["name"]:
+                return _clash(mine[1], stem, where, "the experts of one layer in two dialects")
         for pattern, found_in in ((_FUSED, fused), (_SPLIT, split)):
             found = pattern.match(flat)
             if found:
@@ -104,9 +110,6 @@ def _clash(one: str, two: str, where: Mapping[str, str], what: str) -> str:
 
 def _flatten(stem: str) -> tuple[str, str]:
     """Which model a stem is in, and its path with underscores for dots."""
-    switch = _SWITCH.search(stem)
-    if switch:  # MLX stacks what others keep expert by expert
-        stem = f"{stem[: switch.start()]}experts.{switch['expert']}.{switch['leaf']}"
     for pattern, root in _ROOTS:
         found = pattern.match(stem)
         if found:

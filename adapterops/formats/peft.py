@@ -172,18 +172,18 @@ class Patterns:
     """
 
     def __init__(self, config: Mapping[str, Any], name: str, path: str) -> None:
-        self._exact: dict[str, float] = {}
-        self._others: list[tuple[re.Pattern[str], float]] = []
+        self._exact: dict[str, tuple[int, float]] = {}
+        self._others: list[tuple[int, re.Pattern[str], float]] = []
         given = config.get(name) or {}
         if not isinstance(given, dict):
             raise FormatError(f"{name} in the config is not a JSON object", path=path)
-        for pattern in given:
+        for place, pattern in enumerate(given):
             value = _number(given, pattern, path) or 0.0
             plain = pattern[1:].replace("\\", "")
             if pattern == "^" + re.escape(plain):
-                self._exact[plain] = value
+                self._exact[plain] = (place, value)
             else:
-                self._others.append((_compiled(pattern, name, path), value))
+                self._others.append((place, _compiled(pattern, name, path), value))
 
     def __bool__(self) -> bool:
         return bool(self._exact or self._others)
@@ -191,11 +191,12 @@ class Patterns:
     def values(self, path: str) -> list[float]:
         """The values of all patterns that match."""
         found = [self._exact[path]] if path in self._exact else []
-        return found + [value for pattern, value in self._others if pattern.match(path)]
+        found += [(place, value) for place, pattern, value in self._others if pattern.match(path)]
+        return [value for _, value in sorted(found)]
 
 
 def _compiled(pattern: str, name: str, path: str) -> re.Pattern[str]:
-    if len(pattern) > LONGEST_PATTERN or NESTED.search(pattern):
+    if not is_safe_pattern(pattern):
         raise UnsafeFileError(
             f"{name} {pattern[:80]!r} could take forever to match (nested repetition)", path=path
         )
@@ -230,6 +231,11 @@ def target_path(module: str) -> str:
     return module.partition(".base_layer.")[0]
 
 
+def is_safe_pattern(pattern: str) -> bool:
+    """Whether an expression of unknown origin is short and repeats no repetition."""
+    return len(pattern) <= LONGEST_PATTERN and not NESTED.search(pattern)
+
+
 def tails(path: str) -> list[str]:
     """The ends of a path that a listed name may match: `b.c` and `c` of `a.b.c`, and all of it."""
     parts = path.split(".")
@@ -240,9 +246,8 @@ def is_target(module: str, config: Mapping[str, Any]) -> bool:
     """Whether `target_modules` name a module, listed or by an expression."""
     given = config.get("target_modules")
     if isinstance(given, str):
-        safe = len(given) <= LONGEST_PATTERN and not NESTED.search(given)
         try:
-            return safe and re.fullmatch(given, module) is not None
+            return is_safe_pattern(given) and re.fullmatch(given, module) is not None
         except re.error:
             return False
     return not set(map(str, listed(config, "target_modules"))).isdisjoint(tails(module))

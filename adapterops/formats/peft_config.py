@@ -121,7 +121,7 @@ def _joined(given: Sequence[list[Any] | str]) -> str:
 
 
 def _matches_all(pattern: str, paths: Sequence[str]) -> bool:
-    if len(pattern) > peft.LONGEST_PATTERN or peft.NESTED.search(pattern):
+    if not peft.is_safe_pattern(pattern):
         return False
     try:
         compiled = re.compile(pattern)

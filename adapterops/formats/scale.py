@@ -157,7 +157,7 @@ class ScaleFinder:
             scale=scale,
             alpha=alpha,
             alpha_given=True,
-            scale_from=f"--alpha {alpha:g} / rank {site.dim}",
+            scale_from=f"--alpha {alpha:g}{_divided(alpha, scale, site.dim)}",
         )
 
     def _from_header(self, site: Site) -> Iterator[_Scale]:
@@ -183,6 +183,15 @@ class ScaleFinder:
             ) from None
         if math.isfinite(alpha) and rank == site.dim:
             yield alpha / site.dim, alpha, "alpha in the header"
+
+
+def _divided(alpha: float, scale: float, rank: int) -> str:
+    """How a scale was made from an alpha, in words."""
+    if rank and math.isclose(scale, alpha / rank):
+        return f" / rank {rank}"
+    if rank and math.isclose(scale, alpha / math.sqrt(rank)):
+        return f" / √{rank} (use_rslora)"
+    return ", by the config's rule"
 
 
 def _tolerance(site: Site) -> float:

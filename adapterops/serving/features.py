@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from adapterops.formats import peft
 from adapterops.formats.model import AdapterFile
 from adapterops.serving.finding import Finding, Findings, few, grouped
 from adapterops.serving.model import Engine
@@ -96,7 +97,7 @@ def extras(file: AdapterFile, engine: Engine) -> Findings:
     for rule, found in grouped((_extra_rule(n, file.config), n) for n in names).items():
         count = "one tensor," if len(found) == 1 else f"{len(found)} tensors such as"
         yield Finding(rule, f"{count} {found[0]!r}, expected factors only")
-    saved = [str(name) for name in file.config.get("modules_to_save") or ()]
+    saved = [str(name) for name in peft.listed(file.config, "modules_to_save")]
     absent = {name for name in saved if not any(f".{name}." in extra for extra in file.extras)}
     if absent - {"classifier", "score"}:
         yield Finding("modules-to-save", says(file.config, "modules_to_save", "null"))
@@ -109,6 +110,6 @@ def _extra_rule(name: str, config: Mapping[str, Any]) -> str:
         return "embedding-copy"
     if _SAVED_EMBEDDING.fullmatch(name):
         return "saved-embeddings"
-    of_head = set(config.get("modules_to_save") or ()) & set(name.split("."))
+    of_head = set(map(str, peft.listed(config, "modules_to_save"))) & set(name.split("."))
     trained = config.get("bias") not in (None, "none") and name.endswith(".bias")
     return "bias-tensors" if trained and not of_head else "heads"

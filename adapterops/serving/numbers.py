@@ -76,8 +76,12 @@ def scales(
         if not math.isclose(scale, site.scale, rel_tol=1e-5)
     ]
     for (cause, own, other), stems in grouped(wrong).items():
-        ratio = own / other
-        off = f"{ratio:.4g} times too weak" if ratio > 1 else f"{1 / ratio:.4g} times too strong"
+        if own and other:
+            ratio = own / other
+            weak = ratio > 1
+            off = f"{ratio:.4g} times too weak" if weak else f"{1 / ratio:.4g} times too strong"
+        else:
+            off = "not at all" if own else "which should have no effect"
         shown = f"{few(stems)}: scale {own:.6g}, served with {other:.6g}, {off}"
         shown += f", on {tensor_parallel} GPUs" if tensor_parallel > 1 else ""
         legal = engine.legal_rank(max(site.rank for site in known), tensor_parallel)

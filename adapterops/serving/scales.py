@@ -35,7 +35,9 @@ def leaf(stem: str) -> str:
 def number(config: Mapping[str, Any], key: str) -> float | None:
     """A number of the config, None if it is missing or none."""
     value = config.get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def configured_ranks(config: Mapping[str, Any]) -> list[int]:

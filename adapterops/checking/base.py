@@ -1,0 +1,296 @@
+"""Findings of an adapter against its base model: names, shapes, orientation, coverage.
+
+Only headers of the base are read, or its config.json where there is no more.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from adapterops.checking import baseconfig, basenames, orientation
+from adapterops.checking.config import is_peft
+from adapterops.checking.findings import Findings, few, finding, plural
+from adapterops.errors import FormatError
+from adapterops.files import checkpoint
+from adapterops.files.header import Entry
+from adapterops.formats import AdapterFile, Site, peft
+from adapterops.formats.locate import read_text
+from adapterops.inspection.stems import families, ranges
+from adapterops.provenance import base_name
+
+# Types whose header shape is that of the weight; 4-bit and packed integers hide it.
+_PLAIN = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
+_INTEGERS = {"U8", "I8", "I32", "U32", "F4"}
+_PACKED = re.compile(r"\.(qweight|weight_packed|weight\.absmax)$")
+_SCALES = ("_scale", "_scale_inv", ".scales", ".qzeros")
+_HEADS = ("lm_head", "embed_out")
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
+_NOT_COVERED = re.compile(r".*(norm|ln_\w+|embed|wpe|wte|rotary|lm_head|position)[^.]*$", re.I)
+
+Shape = tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model: shapes of its weights by module path, None where packing hides them.
+
+    `conv1d`: it keeps linear weights as (in, out); None where nothing says so. `tied`: embedding
+    and head are one weight.
+    """
+
+    name: str
+    shapes: Mapping[str, Shape]
+    conv1d: bool | None
+    tied: bool
+    names: basenames.Names
+
+
+@lru_cache(maxsize=1)
+def load(path: str) -> Base:
+    """The base at `path`: a checkpoint's file, index or folder, a pipeline's, or a config.json.
+
+    Raises FileError, FormatError, and UnsupportedError for a config of unknown architecture.
+    """
+    given = Path(path)
+    beside = given if given.is_dir() else given.parent
+    is_config = given.suffix == ".json" and not given.name.endswith(".index.json")
+    where = given if is_config else beside / "config.json"
+    config: dict[str, Any] = {}
+    if is_config or where.is_file():
+        config = peft.read_config(read_text(os.fspath(where)), os.fspath(where))
+    entries = {} if is_config else checkpoint.tensors(given)
+    if not entries and not config:
+        raise FormatError("holds neither weights (.safetensors) nor a config.json", path=path)
+    shapes = _of_headers(entries) if entries else baseconfig.shapes(config, os.fspath(where))
+    tied = baseconfig.is_tied(config)
+    if tied is None or entries:
+        has_head = any(_leaf(path) in _HEADS for path in shapes)
+        has_embedding = any(_leaf(path) in _EMBEDDINGS for path in shapes)
+        tied = bool(tied) or (has_embedding and not has_head and not _is_pipeline(shapes))
+    kind = config.get("model_type")
+    return Base(
+        name=base_name(path),
+        shapes=shapes,
+        conv1d=None if kind is None else kind in baseconfig.CONV1D,
+        tied=tied,
+        names=basenames.index(shapes),
+    )
+
+
+def _of_headers(entries: Mapping[str, Entry]) -> dict[str, Shape]:
+    """Shapes by module path; of packed weights only that they are there."""
+    shapes: dict[str, Shape] = {}
+    packed: set[str] = set()
+    for name, entry in entries.items():
+        owner = _PACKED.sub("", name)
+        if owner != name or (name.endswith(".weight") and entry.dtype in _INTEGERS):
+            packed.add(owner.removesuffix(".weight"))
+        elif entry.dtype in _PLAIN and not name.endswith(_SCALES):
+            shapes[name.removesuffix(".weight")] = entry.shape
+    shapes = {path: shape for path, shape in shapes.items() if _owner(path) not in packed}
+    return {**shapes, **dict.fromkeys(packed)}
+
+
+def _owner(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _is_pipeline(shapes: Mapping[str, Shape]) -> bool:
+    """Whether it has a denoiser: text encoders beside one have no head to be tied."""
+    return any(path.startswith(("unet.", "transformer.transformer_blocks")) for path in shapes)
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def against(file: AdapterFile, base: Base) -> Findings:
+    """Everything that is found in an adapter beside its base."""
+    found = basenames.find(file.sites, base.names, lambda site, path: _may_be(site, path, base))
+    for stem in file.sites:  # one head, whatever it is called; perhaps it is the embedding
+        others = _HEADS + _EMBEDDINGS if base.tied else _HEADS
+        if stem not in found and _leaf(stem) in _HEADS:
+            path = next((p for name in others for p in base.shapes if _leaf(p) == name), None)
+            if path:
+                found[stem] = path
+    yield from _names(file, base, found)
+    if not found:
+        return
+    yield from _shapes(file, base, found)
+    yield from _orientation(file, base, found)
+    yield from _tied(file, base)
+    yield from _coverage(file, base, set(found.values()))
+
+
+def _may_be(site: Site, path: str, base: Base) -> bool:
+    """Whether a site may change this weight, of those that its names allow."""
+    shape = base.shapes[path]
+    return shape is None or _fit(site, shape, lambda _: True) is not None
+
+
+def _names(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Findings:
+    absent = [stem for stem in file.sites if stem not in found]
+    if not absent:
+        return
+    if not found:
+        first = next(iter(base.shapes), "none")
+        yield finding(
+            "base-names",
+            f"none of its {len(absent)} modules has a name in {base.name}, such as {absent[0]} "
+            f"here and {first} there",
+            hint="another model, or one that names its blocks otherwise; give the checkpoint that "
+            "the adapter was trained on",
+        )
+        return
+    near = {_fused(stem, base) for stem in absent} - {None}
+    extra = f"; {base.name} has them fused, as {sorted(map(str, near))[0]}" if near else ""
+    yield finding(
+        "base-module",
+        f"{len(absent)} of {len(file.sites)} modules are not in {base.name}: {few(absent)}{extra}",
+        module=absent[0],
+        hint="is it an adapter of this model?",
+    )
+
+
+def _fused(stem: str, base: Base) -> str | None:
+    """The fused weight that a base has in place of a split one."""
+    block = _owner(stem)
+    fused = ("qkv_proj", "query_key_value", "c_attn", "gate_up_proj", "qkv", "to_qkv")
+    return next((f"{block}.{name}" for name in fused if f"{block}.{name}" in base.shapes), None)
+
+
+def _shapes(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Findings:
+    packed = [stem for stem, path in found.items() if base.shapes[path] is None]
+    if packed:
+        yield finding(
+            "base-packed",
+            f"{plural(len(packed), 'weight')} of {base.name} are packed or quantised, and their "
+            f"shapes were not compared: {few(packed)}",
+        )
+    turned = _may_be_turned(file, base)
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for stem, path in found.items():
+        site, shape = file.sites[stem], base.shapes[path]
+        if shape is not None and _fit(site, shape, turned) is None:
+            groups[_size(site.shape), _size(shape)].append(stem)
+    for (own, other), stems in groups.items():
+        yield finding(
+            "base-shape",
+            f"{plural(len(stems), 'module')} change a weight of {own}, {base.name} has {other}",
+            module=stems[0],
+            hint="are both of the same model? a grown vocabulary shows in the embedding only",
+        )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _may_be_turned(file: AdapterFile, base: Base) -> Callable[[Site], bool]:
+    """Whether the base may keep a site's weight as (in, out): its kind, the flag or a name says."""
+    if base.conv1d is not None:
+        return lambda site: bool(base.conv1d)
+    flag = is_peft(file) and bool(file.config.get("fan_in_fan_out"))
+    return lambda site: flag or orientation.is_conv1d_name(site.stem)
+
+
+def _fit(site: Site, shape: tuple[int, ...], turned: Callable[[Site], bool]) -> str | None:
+    """How a site's ΔW lies on a weight: "as is", "transposed", or "square"; None if it does not."""
+    out, columns = site.shape
+    if site.expert is not None and len(shape) == 3:
+        return "as is" if shape[0] == site.expert[1] and _turned(site, shape[1:]) else None
+    if site.owned:
+        return "as is" if len(shape) > 1 and _turned(site, shape[-2:]) else None
+    if site.layer == "embedding":
+        return "as is" if shape == (columns, out) else None
+    if not shape or shape[0] * math.prod(shape[1:]) != out * columns:
+        return None
+    kernel = shape[2:]
+    if len(shape) > 2 or site.kernel:
+        fits = shape[0] == out and (not site.kernel or site.kernel == kernel or not kernel)
+        return "as is" if fits else None
+    if shape == (out, columns):
+        return "square" if out == columns else "as is"
+    return "transposed" if shape == (columns, out) and turned(site) else None
+
+
+def _turned(site: Site, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter has a site's shape, or its transpose: experts are kept either way."""
+    return shape in (site.shape, site.shape[::-1])
+
+
+def _orientation(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Findings:
+    if not is_peft(file):
+        return
+    can_turn = _may_be_turned(file, base)
+    ways: dict[str, list[Site]] = defaultdict(list)
+    for stem, path in found.items():
+        site, shape = file.sites[stem], base.shapes[path]
+        if site.dialect == "peft" and site.layer == "linear" and shape and not site.owned:
+            ways[_fit(site, shape, can_turn) or ""].append(site)
+    flag = bool(file.config.get("fan_in_fan_out"))
+    straight, turned, square = ways["as is"], ways["transposed"], ways["square"]
+    if flag and straight and not turned:
+        what = f"(out, in) in {base.name}"
+        yield orientation.contradiction("base-orientation", flag, straight + square, what)
+    elif not flag and turned and not straight:
+        what = f"(in, out) in {base.name}"
+        yield orientation.contradiction("base-orientation", flag, turned + square, what)
+    elif square and (flag or turned):
+        way = "(in, out)" if flag else "(out, in)"
+        yield finding(
+            "base-square",
+            f"{plural(len(square), 'square weight')} of {base.name}: only fan_in_fan_out "
+            f"{str(flag).lower()} says that {way} is their order",
+            module=square[0].stem,
+        )
+
+
+def _tied(file: AdapterFile, base: Base) -> Findings:
+    touched = [s for s in file.sites if _leaf(s) in (*_HEADS, *_EMBEDDINGS)]
+    if base.tied and touched:
+        yield finding(
+            "base-tied",
+            f"{few(touched)}: embedding and head are one weight in {base.name}",
+            module=touched[0],
+            hint="merged into it, the change acts at both ends; bake unties them",
+        )
+
+
+def _coverage(file: AdapterFile, base: Base, changed: set[str]) -> Findings:
+    """Which kinds of weight matrices of the base the adapter changes, wholly or in part."""
+    matrices = tuple(
+        sorted(
+            path
+            for path, shape in base.shapes.items()
+            if (path in changed or not _NOT_COVERED.match(_leaf(path)))
+            and (shape is None or len(shape) > 1)
+            and not path.endswith((".bias", "_bias"))
+        )
+    )
+    covered = sum(path in changed for path in matrices)
+    if covered == len(matrices):
+        return
+    untouched, partly = [], []
+    for family in families(matrices):
+        members = [matrices[position] for position in family.members]
+        hit = [path in changed for path in members]
+        if not any(hit):
+            untouched.append(_leaf(family.name))
+        elif not all(hit):
+            missing = [i for i, done in zip(family.indices, hit, strict=True) if not done]
+            partly.append(f"{family.name} without {ranges(missing)}")
+    parts = [f"changes {covered} of the {len(matrices)} weight matrices of {base.name}"]
+    if partly:
+        parts.append(f"in part {few(partly)}")
+    if untouched:
+        parts.append(f"not {few(list(dict.fromkeys(untouched)), 8)}")
+    yield finding("base-coverage", "; ".join(parts))

@@ -1,0 +1,1 @@
+"""What `diff` does between its options and its report: modules compared, totals, a verdict."""
