@@ -30,6 +30,10 @@ wheel: $(VENV)/core  ## the built wheel works without anything but its dependenc
 
 bench: $(VENV)/dev  ## the README's figures, beside the peers
 	$(PY) benchmarks/merge.py
+	$(PY) benchmarks/kinds.py
+	$(PY) benchmarks/many.py
+	$(PY) benchmarks/check.py
+	$(PY) benchmarks/diff.py
 
 $(VENV)/core: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

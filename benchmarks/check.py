@@ -30,10 +30,15 @@ _WEIGHTS = "adapter_model.safetensors"
 
 
 def adapters(count: int) -> Path:
-    """A folder of so many adapters whose values differ in their last bits."""
+    """A folder of so many adapters, written by a process of its own: a parent must stay small."""
     folder = data.DATA / f"check{count}"
-    if (folder / f"{count - 1:02}" / _WEIGHTS).is_file():
-        return folder
+    if not (folder / f"{count - 1:02}" / _WEIGHTS).is_file():
+        python("check.py", "--write", str(folder), str(count))
+    return folder
+
+
+def write(folder: Path, count: int) -> None:
+    """Adapters whose values differ in their last bits."""
     shutil.rmtree(folder, ignore_errors=True)
     model = Path(data.pair("7b")[0])
     raw = np.fromfile(model / _WEIGHTS, np.uint8)
@@ -46,7 +51,6 @@ def adapters(count: int) -> Path:
         shutil.copy(model / "adapter_config.json", folder / f"{index:02}")
         copy.tofile(folder / f"{index:02}" / _WEIGHTS)
     os.sync()
-    return folder
 
 
 def files(folder: Path) -> list[Path]:
@@ -129,11 +133,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer adapters and pairs")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--write", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--date", help="date in the results file's name; default today")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for it")
     options = parser.parse_args()
     if options.read:
         reading(options.read)
+        return
+    if options.write:
+        write(Path(options.write[0]), int(options.write[1]))
         return
     prefix = "quick-" if options.quick else ""
     for cold in (True, False):

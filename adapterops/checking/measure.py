@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
 from adapterops.checking.codes import Figures, joined, scan, scratch
-from adapterops.files.source import Source
+from adapterops.files.source import LocalFile, Source
 from adapterops.formats import Ref
 from adapterops.stream import Compute, Job, run
 
 _READ = 4 << 20  # bytes that one read should have at least
 _SPLIT = 32 << 20  # tensors above this are read in pieces
+_WINDOW = 64 << 20  # bytes that the kernel is told of at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +38,36 @@ def measure(tensors: Mapping[str, Ref], on: Compute) -> dict[str, Figures]:
         return {}
     source = next(iter(tensors.values())).source
     results: dict[str, Figures] = {}
-    if len(groups) == 1 or on.threads == 1:
-        _collect((_measure(source, group) for group in groups), results)
-        return results
-    jobs = (Job("", _measure, (source, group), _bytes(group)) for group in groups)
-    with closing(run(jobs, on)) as found:
-        _collect(found, results)
+    with closing(_announced(source, groups)) as coming:
+        if len(groups) == 1 or on.threads == 1:
+            _collect((_measure(source, group) for group in coming), results)
+            return results
+        jobs = (Job("", _measure, (source, group), _bytes(group)) for group in coming)
+        with closing(run(jobs, on)) as found:
+            _collect(found, results)
     return results
+
+
+def _announced(source: Source, groups: list[list[_Piece]]) -> Generator[list[_Piece], None, None]:
+    """The groups, the kernel being told of each some time before it is read.
+
+    Then it reads in large pieces, and while numbers are scanned. Left to itself it goes by the
+    small read of the header before: a third more time for a file that is not cached, and four times
+    the system time.
+    """
+    if not isinstance(source, LocalFile) or not hasattr(os, "posix_fadvise"):
+        yield from groups
+        return
+    descriptor = source.open()
+    try:
+        told = groups[0][0].offset
+        for group in groups:
+            if group[-1].offset + _WINDOW // 2 > told:
+                os.posix_fadvise(descriptor, told, _WINDOW, os.POSIX_FADV_WILLNEED)
+                told += _WINDOW
+            yield group
+    finally:
+        os.close(descriptor)
 
 
 def _collect(parts: Iterable[list[tuple[str, Figures]]], results: dict[str, Figures]) -> None:

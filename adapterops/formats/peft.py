@@ -120,6 +120,11 @@ class Scales:
         self._notes = [] if notes is None else notes
 
     @property
+    def has_patterns(self) -> bool:
+        """Whether modules of one rank may differ in scale."""
+        return bool(self._ranks) or bool(self._alphas)
+
+    @property
     def known(self) -> bool:
         """Whether the config says an alpha at all."""
         return self._alpha is not None

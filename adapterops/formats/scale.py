@@ -31,6 +31,7 @@ class ScaleFinder:
         self._alpha = alpha
         self._alpha_wins = alpha_wins
         self._configs: list[tuple[str, dict[str, peft.Scales]]] = []
+        self._known: dict[tuple[str, int], list[_Scale]] = {}
         self._mlx: list[_Scale] = []
         self.notes: list[str] = []
 
@@ -98,6 +99,17 @@ class ScaleFinder:
         if site.dialect == "mlx":
             yield from self._mlx
             return
+        part = diffusers.component(site.stem) if site.dialect == "diffusers" else ""
+        found = None if site.owned else self._known.get((part, site.dim))
+        if found is None:
+            found = list(self._configured(site))
+            plain = not any(scales.has_patterns for _, scales in self._scales_of(site))
+            if plain and not site.owned:
+                self._known[part, site.dim] = found
+        yield from found
+
+    def _configured(self, site: Site) -> Iterator[_Scale]:
+        """What each config says; without patterns the same of all modules of one rank."""
         module = self._configured_name(site)
         for where, scales in self._scales_of(site):
             if not scales.known:

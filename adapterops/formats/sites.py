@@ -30,11 +30,7 @@ def make_sites(
     """Sites by module, and what is wrong with the modules that make none."""
     sites: dict[str, Site] = {}
     problems: list[AdapterOpsError] = []
-    levels: dict[str, dict[str, int]] = defaultdict(dict)
-    for stem, module in groups.items():
-        if "A" in module.parts and module.parts["A"].shape:
-            path_in_model = peft.module_path(stem)
-            levels[owner_of(path_in_model)][path_in_model] = module.parts["A"].shape[0]
+    levels = _levels(groups, config)
     for stem, module in sorted(groups.items()):
         name = _module(stem, dialects[stem])
         try:
@@ -60,6 +56,21 @@ def make_sites(
     return sites, problems
 
 
+def _levels(
+    groups: Mapping[str, Group], config: Mapping[str, Any]
+) -> dict[str, dict[str, int]] | None:
+    """owner -> its nested modules -> rows of A, None where no parameter can be meant."""
+    nested = any(stem.endswith(".base_layer") for stem in groups)
+    if config and not nested and not peft.listed(config, "target_parameters"):
+        return None
+    levels: dict[str, dict[str, int]] = defaultdict(dict)
+    for stem, module in groups.items():
+        if "A" in module.parts and module.parts["A"].shape:
+            path = peft.module_path(stem)
+            levels[owner_of(path)][path] = module.parts["A"].shape[0]
+    return levels
+
+
 def owner_of(module: str) -> str:
     """The module whose parameters are adapted: PEFT nests one wrapper per parameter in another."""
     while module.endswith(".base_layer"):
@@ -78,7 +89,7 @@ def _sites(
     module: Group,
     dialect: str,
     config: Mapping[str, Any],
-    levels: Mapping[str, Mapping[str, int]],
+    levels: Mapping[str, Mapping[str, int]] | None,
 ) -> list[Site]:
     """One site, or one per expert. Raises for tensors that make no module of a known kind."""
     roles = frozenset(module.parts) - _BESIDE
@@ -92,7 +103,8 @@ def _sites(
     if kind == "lora" and dialect == "peft" and config.get("peft_type") == "ADALORA":
         raise FormatError("is AdaLoRA by its config, and has no lora_E")
     if kind == "lora":
-        expert = _experts(name, module, config, levels) if dialect == "peft" else None
+        possible = dialect == "peft" and levels is not None
+        expert = _experts(name, module, config, levels or {}) if possible else None
         if expert is not None:
             return expert
         kind = _merged_linear(module, dialect, config)
