@@ -10,7 +10,7 @@ _ONE_RANK = "write it anew at one rank: merge --rank same"
 _FOLD = "merge --rank same writes it anew with alpha = rank, the scale folded into the factors"
 _CONVERT_INIT = "convert it with PEFT's path_initial_model_for_weight_conversion"
 
-TODO: Mapping[str, str] = MappingProxyType(
+WAYS_OUT: Mapping[str, str] = MappingProxyType(
     {
         "dialect": "write it anew with merge --to peft, if its modules have names there",
         "config-missing": "put it there, or write the adapter anew with merge into a directory",

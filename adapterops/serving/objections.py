@@ -17,7 +17,7 @@ from adapterops.serving import (
     trtllm,
     vllm,
 )
-from adapterops.serving.advice import TODO
+from adapterops.serving.advice import WAYS_OUT
 from adapterops.serving.finding import Finding, Findings
 from adapterops.serving.model import Engine, Objection, Row
 
@@ -117,7 +117,7 @@ def _objections(engine: Engine, found: Findings) -> list[Objection]:
 
 
 def _objection(engine: Engine, row: Row, finding: Finding) -> Objection:
-    todo = finding.todo or TODO[row.rule]
+    todo = finding.todo or WAYS_OUT[row.rule]
     return Objection(
         rule=row.rule,
         severity=row.severity,
