@@ -13,9 +13,6 @@ import re
 
 from adapterops.serving.model import Engine, Evidence, Row, Severity
 
-_QKV = ("q_proj", "k_proj", "v_proj")
-_GATE_UP = ("gate_proj", "up_proj")
-
 # Module types in the order of LoRAX's Llama; what other models call theirs is sorted in.
 _ORDER = """
     q_proj k_proj v_proj query_key_value qkv_proj Wqkv c_attn o_proj out_proj dense gate_proj
@@ -41,7 +38,6 @@ LORAX = Engine(
     named="base_model.model.<module>.lora_A.weight",
     modules=frozenset(_ORDER.split()),
     order=tuple(_ORDER.split()),
-    fill=(_QKV, _GATE_UP),
     every_layer=True,
     vocabulary_layers=frozenset({"lm-head"}),
     memory="adapters",
@@ -66,7 +62,6 @@ TGI = Engine(
     named="base_model.model.model.layers.<n>.(self_attn|mlp).<module>.lora_A.weight",
     modules=frozenset(_TGI_ORDER.split()),
     order=tuple(_TGI_ORDER.split()),
-    fill=(_QKV, _GATE_UP),
     every_layer=True,
     memory="adapters",
 )

@@ -70,6 +70,12 @@ class Engine:
     slot_dtypes: tuple[str, ...] = ("BF16", "F16")
     memory: Memory = "unknown"
 
+    @property
+    def largest_rank(self) -> int | None:
+        """The largest rank that a file may have, None where there is no limit but memory."""
+        limited = self.ranks or self.slots
+        return limited[-1] if limited else None
+
     def padded_rank(self, rank: int, tensor_parallel: int = 1) -> int:
         """The rank that factors of `rank` are padded to when they are loaded."""
         if self.padding is None:

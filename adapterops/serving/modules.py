@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from adapterops.formats.model import AdapterFile, Site
 from adapterops.serving.features import says
@@ -17,11 +17,11 @@ _FUSED_EXPERT = re.compile(r".*\.experts(\.base_layer)?(\[\d+\])?")
 _ONE_EXPERT = re.compile(r".*\.experts\.\d+\..+")
 
 
-def layers(file: AdapterFile) -> list[Site]:
-    """Sites on ordinary layers: no vocabulary, no experts, factors as PEFT's LoRA has them."""
+def layers(sites: Iterable[Site]) -> list[Site]:
+    """Those on ordinary layers: no vocabulary, no experts, factors as PEFT's LoRA has them."""
     return [
         site
-        for site in file.sites.values()
+        for site in sites
         if site.kind in LORA_KINDS
         and not vocabulary_layer(site)
         and not _FUSED_EXPERT.fullmatch(site.stem)

@@ -46,6 +46,25 @@ _BY_RULE = {(row.engine, row.rule): row for row in ROWS}
 _GRAVEST_FIRST = ("reject", "misread", "note")
 
 
+def engine_named(name: str) -> Engine:
+    """The engine of that name; raises UsageError for an unknown one."""
+    if name not in ENGINES:
+        raise UsageError(f"engine {name!r}: expected one of {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+def behaviour(engine: Engine, rule: str) -> str:
+    """What `engine` does where a file breaks `rule`, "" where it does not mind.
+
+    For the portable profile what the first engine that minds does.
+    """
+    minded = [row for row in ROWS if row.rule == rule]
+    rows = [row for row in minded if row.engine == engine.name]
+    if engine.name == "portable":
+        rows += minded
+    return f"{ENGINES[rows[0].engine].title} {rows[0].version} {rows[0].does}" if rows else ""
+
+
 def judge(
     file: AdapterFile,
     engine: str,
@@ -59,10 +78,8 @@ def judge(
     the number of GPUs that share a model, which some engines pad ranks by. "portable" asks all
     engines and the portable profile. Raises UsageError for an unknown engine.
     """
-    if engine not in ENGINES:
-        raise UsageError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
+    profile = engine_named(engine)
     if engine == "portable":
-        profile = ENGINES[engine]
         asked = [name for name in ENGINES if name != engine]
         found = [
             objection
@@ -73,8 +90,7 @@ def judge(
         ]
         found += _objections(profile, numbers.profile(file, profile))
     else:
-        spec = ENGINES[engine]
-        found = _objections(spec, _find(file, spec, max_lora_rank, tensor_parallel))
+        found = _objections(profile, _find(file, profile, max_lora_rank, tensor_parallel))
     return sorted(found, key=lambda objection: _GRAVEST_FIRST.index(objection.severity))
 
 
@@ -86,7 +102,7 @@ def _find(
     if dialects not in ([], ["peft"]):
         yield Finding("dialect", f"its names are those of {' and '.join(dialects)}, expected peft")
         return
-    plain = modules.layers(file)
+    plain = modules.layers(file.sites.values())
     taken = [site for site in plain if modules.is_taken(site, engine)]
     scaled = taken + [
         site

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from adapterops.serving.lorax import LORAX
 from adapterops.serving.model import Engine, Row
+from adapterops.serving.sglang import ENGINE as SGLANG
 
 ENGINE = Engine(
     name="portable",
@@ -17,7 +18,8 @@ ENGINE = Engine(
     padding=LORAX.padding,
     uniform_rank=True,
     prefix=True,
-    fill=LORAX.fill,
+    siblings=SGLANG.siblings,
+    fill=SGLANG.fill,
     every_layer=True,
 )
 

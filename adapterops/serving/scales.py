@@ -51,7 +51,7 @@ def module_types(sites: Sequence[Site], engine: Engine) -> list[ModuleType]:
     """Sites by what follows their layer's number, in the order in which the engine loads types."""
     kinds: dict[tuple[str, str], dict[int, Site]] = defaultdict(dict)
     for site in sites:
-        prefix, layer, name = _split(site.stem)
+        prefix, layer, name = split_layer(site.stem)
         kinds[prefix, name][layer] = site
     layers = {prefix: 0 for prefix, _ in kinds}
     for (prefix, _), found in kinds.items():
@@ -69,8 +69,11 @@ def module_types(sites: Sequence[Site], engine: Engine) -> list[ModuleType]:
     return sorted(result, key=lambda kind: place.get(leaf(kind.name), len(place)))
 
 
-def _split(stem: str) -> tuple[str, int, str]:
-    """What comes before the first number in a path, that number, and what follows."""
+def split_layer(stem: str) -> tuple[str, int, str]:
+    """What comes before the first number in a path, that number, and what follows.
+
+    A path without a number is its own prefix and its own rest, in layer 0.
+    """
     parts = stem.split(".")
     for index, part in enumerate(parts):
         if part.isdecimal():
