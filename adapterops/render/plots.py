@@ -26,6 +26,15 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names may hold dollar signs
     "font.size": 9,
 }
+CHART: dict[Any, Any] = {  # curves on axes
+    **STYLE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+}
 _WRITTEN_OUT = 16  # adapters up to which each cell shows its number
 _CELL = 0.42  # inches
 _LABEL = 28
@@ -78,7 +87,7 @@ def matrix_figure(report: DiffReport) -> Figure:
     with _library().rc_context(STYLE):
         figure = New(figsize=(2 * side + 3.5, side + 1.8), layout="constrained")
         left, right = figure.subplots(1, 2)
-        names = [_label(item.name) for item in report.inputs]
+        names = [shorten(item.name, _LABEL) for item in report.inputs]
         far = max((x for row in report.distance for x in row if x is not None), default=0.0)
         title = "‖row − column‖ / ‖row‖"
         colours = "viridis_r", 0.0, min(far, _FAR) or 1.0
@@ -110,8 +119,7 @@ def _square(
         return
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            red, green, blue, _ = image.cmap(image.norm(numbers[i][j]))
-            colour = "w" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "k"
+            colour = text_colour(image.cmap(image.norm(numbers[i][j])))
             text = _number(value, floors[i][j] if floors else None)
             axes.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
 
@@ -122,11 +130,17 @@ def _number(value: float | None, floor: float | None) -> str:
     return f"{value:.2g}" if value <= 0.0 or value > (floor or 0.0) else f"< {floor:.0e}"
 
 
-def _label(name: str) -> str:
-    """A name; of a long one, beginning and end."""
+def shorten(name: str, length: int, *, end: float = 0.5) -> str:
+    """A name as text; of one longer than `length`, its beginning and, for that share, its end."""
     text = printable(name)
-    half = _LABEL // 2
-    return text if len(text) <= _LABEL else f"{text[: half - 1]}…{text[-half:]}"
+    tail = round(end * length)
+    return text if len(text) <= length else f"{text[: length - tail - 1]}…{text[-tail:]}"
+
+
+def text_colour(cell: tuple[float, float, float, float]) -> str:
+    """White on a dark cell (RGBA), black on a light one."""
+    red, green, blue, _ = cell
+    return "w" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "k"
 
 
 def _kind(path: str | os.PathLike[str]) -> str:

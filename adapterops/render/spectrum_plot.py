@@ -13,21 +13,12 @@ from adapterops.inspection.report import Inspection
 from adapterops.inspection.spectra import SHARES, ModuleSpectrum, SpectrumReport
 from adapterops.inspection.stems import Family, families
 from adapterops.provenance import base_name
-from adapterops.render.plots import STYLE
+from adapterops.render.plots import CHART, shorten
 from adapterops.render.text import printable
 
 Axes = Any  # matplotlib's, which is imported when something is drawn
 Figure = Any
 
-_STYLE: dict[Any, Any] = {
-    **STYLE,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "legend.fontsize": 7,
-}
 _SHOWN = 8  # families with a colour and a name of their own: those of the largest norm
 _SMALLEST = 1e-8
 
@@ -39,7 +30,7 @@ def spectrum_figure(found: Inspection) -> Figure:
 
     assert found.spectrum is not None
     grouped = _grouped(found.spectrum)
-    with rc_context(_STYLE):
+    with rc_context(CHART):
         figure = New(figsize=(13, 4.2), layout="constrained")
         curve, values, layers = figure.subplots(1, 3)
         _draw_curve(curve, found.spectrum)
@@ -120,7 +111,5 @@ def _stable(members: Sequence[ModuleSpectrum]) -> list[float]:
 
 
 def _label(name: str) -> str:
-    """A family's name; of a long one, beginning and end."""
-    text = printable(name)
-    text = text if len(text) <= 44 else f"{text[:14]}…{text[-28:]}"
-    return text.lstrip("_")  # a leading one hides an entry of a legend
+    """A family's name; a leading _ would hide it from the legend."""
+    return shorten(name, 43, end=28 / 43).lstrip("_")
