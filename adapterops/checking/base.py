@@ -6,119 +6,34 @@ Only headers of the base are read, or its config.json where there is no more.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
-from adapterops.checking import baseconfig, basenames, orientation
+from adapterops.basemodel import names as basenames
+from adapterops.basemodel import shapes
+from adapterops.basemodel.config import is_conv1d_name
+from adapterops.basemodel.shapes import EMBEDDINGS, HEADS, Base, leaf, owner_of
+from adapterops.checking import orientation
 from adapterops.checking.config import is_peft
 from adapterops.checking.findings import Findings, few, finding, plural
-from adapterops.errors import FormatError
-from adapterops.files import checkpoint
-from adapterops.files.header import Entry
-from adapterops.formats import AdapterFile, Site, peft
-from adapterops.formats.locate import read_text
+from adapterops.formats import AdapterFile, Site
 from adapterops.inspection.stems import families, ranges
-from adapterops.provenance import base_name
 
-# Types whose header shape is that of the weight; 4-bit and packed integers hide it.
-_PLAIN = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
-_INTEGERS = {"U8", "I8", "I32", "U32", "F4"}
-_PACKED = re.compile(r"\.(qweight|weight_packed|weight\.absmax)$")
-_SCALES = ("_scale", "_scale_inv", ".scales", ".qzeros")
-_HEADS = ("lm_head", "embed_out")
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 _NOT_COVERED = re.compile(r".*(norm|ln_\w+|embed|wpe|wte|rotary|lm_head|position)[^.]*$", re.I)
 
-Shape = tuple[int, ...] | None
 
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """A base model: shapes of its weights by module path, None where packing hides them.
-
-    `conv1d`: it keeps linear weights as (in, out); None where nothing says so. `tied`: embedding
-    and head are one weight.
-    """
-
-    name: str
-    shapes: Mapping[str, Shape]
-    conv1d: bool | None
-    tied: bool
-    names: basenames.Names
-
-
-@lru_cache(maxsize=1)
-def load(path: str) -> Base:
-    """The base at `path`: a checkpoint's file, index or folder, a pipeline's, or a config.json.
-
-    Raises FileError, FormatError, and UnsupportedError for a config of unknown architecture.
-    """
-    given = Path(path)
-    beside = given if given.is_dir() else given.parent
-    is_config = given.suffix == ".json" and not given.name.endswith(".index.json")
-    where = given if is_config else beside / "config.json"
-    config: dict[str, Any] = {}
-    if is_config or where.is_file():
-        config = peft.read_config(read_text(os.fspath(where)), os.fspath(where))
-    entries = {} if is_config else checkpoint.tensors(given)
-    if not entries and not config:
-        raise FormatError("holds neither weights (.safetensors) nor a config.json", path=path)
-    shapes = _of_headers(entries) if entries else baseconfig.shapes(config, os.fspath(where))
-    tied = baseconfig.is_tied(config)
-    if tied is None or entries:
-        has_head = any(_leaf(path) in _HEADS for path in shapes)
-        has_embedding = any(_leaf(path) in _EMBEDDINGS for path in shapes)
-        tied = bool(tied) or (has_embedding and not has_head and not _is_pipeline(shapes))
-    kind = config.get("model_type")
-    return Base(
-        name=base_name(path),
-        shapes=shapes,
-        conv1d=None if kind is None else kind in baseconfig.CONV1D,
-        tied=tied,
-        names=basenames.index(shapes),
-    )
-
-
-def _of_headers(entries: Mapping[str, Entry]) -> dict[str, Shape]:
-    """Shapes by module path; of packed weights only that they are there."""
-    shapes: dict[str, Shape] = {}
-    packed: set[str] = set()
-    for name, entry in entries.items():
-        owner = _PACKED.sub("", name)
-        if owner != name or (name.endswith(".weight") and entry.dtype in _INTEGERS):
-            packed.add(owner.removesuffix(".weight"))
-        elif entry.dtype in _PLAIN and not name.endswith(_SCALES):
-            shapes[name.removesuffix(".weight")] = entry.shape
-    shapes = {path: shape for path, shape in shapes.items() if _owner(path) not in packed}
-    return {**shapes, **dict.fromkeys(packed)}
-
-
-def _owner(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def _is_pipeline(shapes: Mapping[str, Shape]) -> bool:
-    """Whether it has a denoiser: text encoders beside one have no head to be tied."""
-    return any(path.startswith(("unet.", "transformer.transformer_blocks")) for path in shapes)
-
-
-def _leaf(path: str) -> str:
-    return path.rpartition(".")[2]
+load = lru_cache(maxsize=1)(shapes.load)  # one base, many adapters
 
 
 def against(file: AdapterFile, base: Base) -> Findings:
     """Everything that is found in an adapter beside its base."""
     found = basenames.find(file.sites, base.names, lambda site, path: _may_be(site, path, base))
     for stem in file.sites:  # one head, whatever it is called; perhaps it is the embedding
-        others = _HEADS + _EMBEDDINGS if base.tied else _HEADS
-        if stem not in found and _leaf(stem) in _HEADS:
-            path = next((p for name in others for p in base.shapes if _leaf(p) == name), None)
+        others = HEADS + EMBEDDINGS if base.tied else HEADS
+        if stem not in found and leaf(stem) in HEADS:
+            path = next((p for name in others for p in base.shapes if leaf(p) == name), None)
             if path:
                 found[stem] = path
     yield from _names(file, base, found)
@@ -162,7 +77,7 @@ def _names(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Findings:
 
 def _fused(stem: str, base: Base) -> str | None:
     """The fused weight that a base has in place of a split one."""
-    block = _owner(stem)
+    block = owner_of(stem)
     fused = ("qkv_proj", "query_key_value", "c_attn", "gate_up_proj", "qkv", "to_qkv")
     return next((f"{block}.{name}" for name in fused if f"{block}.{name}" in base.shapes), None)
 
@@ -199,7 +114,7 @@ def _may_be_turned(file: AdapterFile, base: Base) -> Callable[[Site], bool]:
     if base.conv1d is not None:
         return lambda site: bool(base.conv1d)
     flag = is_peft(file) and bool(file.config.get("fan_in_fan_out"))
-    return lambda site: flag or orientation.is_conv1d_name(site.stem)
+    return lambda site: flag or is_conv1d_name(site.stem)
 
 
 def _fit(site: Site, shape: tuple[int, ...], turned: Callable[[Site], bool]) -> str | None:
@@ -255,7 +170,7 @@ def _orientation(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Fin
 
 
 def _tied(file: AdapterFile, base: Base) -> Findings:
-    touched = [s for s in file.sites if _leaf(s) in (*_HEADS, *_EMBEDDINGS)]
+    touched = [s for s in file.sites if leaf(s) in (*HEADS, *EMBEDDINGS)]
     if base.tied and touched:
         yield finding(
             "base-tied",
@@ -271,7 +186,7 @@ def _coverage(file: AdapterFile, base: Base, changed: set[str]) -> Findings:
         sorted(
             path
             for path, shape in base.shapes.items()
-            if (path in changed or not _NOT_COVERED.match(_leaf(path)))
+            if (path in changed or not _NOT_COVERED.match(leaf(path)))
             and (shape is None or len(shape) > 1)
             and not path.endswith((".bias", "_bias"))
         )
@@ -284,7 +199,7 @@ def _coverage(file: AdapterFile, base: Base, changed: set[str]) -> Findings:
         members = [matrices[position] for position in family.members]
         hit = [path in changed for path in members]
         if not any(hit):
-            untouched.append(_leaf(family.name))
+            untouched.append(leaf(family.name))
         elif not all(hit):
             missing = [i for i, done in zip(family.indices, hit, strict=True) if not done]
             partly.append(f"{family.name} without {ranges(missing)}")

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import re
 
+from adapterops.basemodel.config import is_conv1d_name
 from adapterops.checking.config import is_peft
 from adapterops.checking.findings import Finding, Findings, finding, plural
 from adapterops.formats import AdapterFile, Site
 
-# GPT-2 and its kin (transformers' Conv1D); Qwen 1, GPT-BigCode and GPT-Neo use the same names for
-# Linear layers, so a name alone decides nothing.
-_CONV1D_NAMES = re.compile(r"(.*\.)?h\.\d+\.(attn|crossattention|mlp)\.(c_attn|q_attn|c_proj|c_fc)")
 _CONV1D_BASES = re.compile(r"gpt-?2|dialogpt|openai-gpt|imagegpt", re.IGNORECASE)
 _LARGEST_GPT2 = 1600  # its hidden size; Qwen 1 starts at 2048
 # Leaves that only models made of Linear layers have.
@@ -52,11 +50,6 @@ def contradiction(code: str, flag: bool, sites: list[Site], what: str) -> Findin
     )
 
 
-def is_conv1d_name(stem: str) -> bool:
-    """Whether GPT-2 and its kin, whose weights are (in, out), have a module of this name."""
-    return _CONV1D_NAMES.fullmatch(stem) is not None
-
-
 def _weights(file: AdapterFile) -> list[Site]:
     """Sites whose orientation is a question at all."""
     return [s for s in file.sites.values() if s.dialect == "peft" and s.layer == "linear"]
@@ -64,7 +57,7 @@ def _weights(file: AdapterFile) -> list[Site]:
 
 def _conv1d(file: AdapterFile) -> list[Site]:
     """The sites that are Conv1D layers for certain."""
-    named = [site for site in _weights(file) if _CONV1D_NAMES.fullmatch(site.stem)]
+    named = [site for site in _weights(file) if is_conv1d_name(site.stem)]
     shapes = {s.shape for s in named if s.stem.endswith("attn.c_attn")}
     small = any(out == 3 * width and width <= _LARGEST_GPT2 for out, width in shapes)
     return named if small or _CONV1D_BASES.search(file.base or "") else []
