@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from adapterops.factors import Factors
     from adapterops.inspection.report import Inspection
     from adapterops.verbs.check import check
+    from adapterops.verbs.compress import compress
+    from adapterops.verbs.convert import convert
     from adapterops.verbs.diff import diff
+    from adapterops.verbs.extract import extract
     from adapterops.verbs.inspect import inspect
     from adapterops.verbs.merge import merge
 
@@ -37,7 +40,10 @@ _PUBLIC = {
     "PlanReport": "adapterops.certificate",
     "Report": "adapterops.certificate",
     "check": "adapterops.verbs.check",
+    "compress": "adapterops.verbs.compress",
+    "convert": "adapterops.verbs.convert",
     "diff": "adapterops.verbs.diff",
+    "extract": "adapterops.verbs.extract",
     "inspect": "adapterops.verbs.inspect",
     "merge": "adapterops.verbs.merge",
     "open_adapter": "adapterops.adapter",
@@ -56,7 +62,10 @@ __all__ = [
     "Report",
     "__version__",
     "check",
+    "compress",
+    "convert",
     "diff",
+    "extract",
     "inspect",
     "merge",
     "open_adapter",

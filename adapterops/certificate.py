@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,9 @@ class ModuleReport:
     subnormal: int
     route: str
     floor: float
+    metric_error: float | None = None
+    noise: float | None = None
+    changed: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class InputReport:
     sha256: str
     weight: float
     dialect: str
+    dtype: str
     base: str | None
     modules: int
     rank: int
@@ -67,31 +71,47 @@ class RankHint:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The certificate of a merge: totals over the whole adapter, then inputs and modules.
+    """The certificate of one output: totals over the whole adapter, then inputs and modules.
 
-    `size` is the bytes of the weights file. `error` is ‖written − exact‖_F / ‖exact‖_F; a relative
-    figure below `floor` / `norm` is rounding noise.
+    `size` is the bytes of the weights file, `parameters` the numbers in its factors; both with
+    `_before` are those of the inputs. `rank` is the largest of any module. `error` is
+    ‖written − exact‖_F / ‖exact‖_F; a relative figure below `floor` / `norm` is rounding noise.
+    `metric_error` is the same in `metric`. `gap` is by how much, at most, another allocation of
+    as many parameters could be better (0: none is). `dropped` are modules at rank 0. `spectra` are
+    singular values in the metric by module, where they were asked for.
     """
-
-    schema: ClassVar[str] = "adapterops.merge/1"
 
     output: str
     dialect: str
     dtype: str
     rank: int
     size: int
+    size_before: int
+    parameters: int
+    parameters_before: int
     norm: float
     truncation: float
     storage: float
     error: float
+    metric: str
+    metric_error: float
     floor: float
     subnormal: int
     inputs: tuple[InputReport, ...]
     modules: Mapping[str, ModuleReport]
+    gap: float | None = None
+    dropped: tuple[str, ...] = ()
     extras: Mapping[str, str] = field(default_factory=dict)
     hints: tuple[RankHint, ...] = ()
+    spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    verb: str = "merge"
+
+    @property
+    def schema(self) -> str:
+        """The kind and version of the document."""
+        return f"adapterops.{self.verb}/1"
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints and the sidecar holds."""
@@ -102,10 +122,9 @@ class Report:
 class PlanReport:
     """What `--dry-run` prints: the output as it would be, with no factor written.
 
-    `modules` maps each module to its shape and the inputs' ranks (0 where an input lacks it).
+    `modules` maps each module to its shape and the inputs' ranks (0 where an input lacks it),
+    `ranks` to that of the output.
     """
-
-    schema: ClassVar[str] = "adapterops.merge-plan/1"
 
     output: str
     dialect: str
@@ -113,10 +132,19 @@ class PlanReport:
     rank: int
     size: int
     modules: Mapping[str, tuple[tuple[int, int], tuple[int, ...]]]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    gap: float | None = None
+    dropped: tuple[str, ...] = ()
     extras: Mapping[str, str] = field(default_factory=dict)
     hints: tuple[RankHint, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    verb: str = "merge"
+
+    @property
+    def schema(self) -> str:
+        """The kind and version of the document."""
+        return f"adapterops.{self.verb}-plan/1"
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
@@ -125,7 +153,12 @@ class PlanReport:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One module's absolute figures as a kernel measured them; `inner` is ⟨written, wᵢDᵢ⟩."""
+    """One module's absolute figures as a kernel measured them; `inner` is ⟨written, wᵢDᵢ⟩.
+
+    `metric` is (norm, total) by the module's inputs, None where the metric is Frobenius. Of the
+    difference of two checkpoints, `noise` is what rounding to their format alone would make of it,
+    `changed` how many of its numbers are not zero.
+    """
 
     norm: float
     beta: float
@@ -137,6 +170,32 @@ class Figures:
     inner: tuple[float, ...]
     subnormal: int
     route: str
+    metric: tuple[float, float] | None = None
+    noise: float = 0.0
+    changed: int | None = None
+
+    def times(self, scale: float) -> Figures:
+        """The figures of scale·ΔW."""
+        if scale == 1.0:
+            return self
+        size = abs(scale)
+        return dataclasses.replace(
+            self,
+            norm=self.norm * size,
+            beta=self.beta * size,
+            floor=self.floor * size,
+            truncation=self.truncation * size,
+            storage=self.storage * size,
+            total=self.total * size,
+            input_norms=tuple(each * size for each in self.input_norms),
+            inner=tuple(each * scale * scale for each in self.inner),
+            noise=self.noise * size,
+            metric=None if self.metric is None else (self.metric[0] * size, self.metric[1] * size),
+        )
+
+    def in_metric(self, weight: float) -> tuple[float, float]:
+        """(norm, total) in the metric that weights this module's Frobenius norm."""
+        return self.metric or (self.norm * weight, self.total * weight)
 
 
 def ratio(part: float, whole: float) -> float | None:

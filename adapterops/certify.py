@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from adapterops.casts import format_name
 from adapterops.certificate import Figures, InputReport, ModuleReport, Report, ratio, total
+from adapterops.formats.model import AdapterFile
 from adapterops.plan import Plan
 from adapterops.provenance import Provenance
 
@@ -17,21 +19,30 @@ def certify(
     plan: Plan,
     measured: Sequence[Figures],
     dense: Sequence[Figures],
-    rank: int,
     provenance: Provenance,
+    metric: str,
 ) -> Report:
     """Totals, inputs and modules from the measured figures of modules and of full deltas."""
     count = len(plan.inputs)
     squares = [[0.0] * count, [0.0] * count]
     modules: dict[str, ModuleReport] = {}
+    in_metric: list[tuple[float, float]] = []
     for module, figures in zip(plan.modules, measured, strict=True):
         widths = [0] * count
         for part in module.parts:
             widths[part.input] = part.site.rank
-        kept = module.parts[0].site.rank if figures.route == "copy" else rank
         owners = [part.input for part in module.parts]
-        modules[module.stem] = _module(
-            figures, owners, plan.weights, squares, module.shape, module.layer, widths, kept
+        whole, lost = figures.in_metric(module.weight)
+        in_metric.append((whole, lost))
+        made = _module(
+            figures, owners, plan.weights, squares, module.shape, module.layer, widths, module.kept
+        )
+        changed = figures.changed
+        modules[module.stem] = replace(
+            made,
+            metric_error=ratio(lost, whole),
+            noise=figures.noise or None,
+            changed=None if changed is None else changed / math.prod(module.shape),
         )
     for delta, figures in zip(plan.deltas, dense, strict=True):
         owners = [p.input for p in delta.parts] + [p.input for p in delta.factors]
@@ -42,21 +53,36 @@ def certify(
         )
     measured = [*measured, *dense]
     norm = total([f.norm for f in measured])
+    if metric == "frobenius":
+        in_metric += [(figures.norm, figures.total) for figures in dense]
+    seen = ratio(total([lost for _, lost in in_metric]), total([whole for whole, _ in in_metric]))
     return Report(
         output="",
         dialect=plan.dialect,
         dtype=format_name(plan.dtype),
-        rank=rank,
+        rank=plan.rank,
         size=0,
+        size_before=sum(map(_bytes, plan.inputs)),
+        parameters=plan.parameters([module.kept for module in plan.modules]),
+        parameters_before=plan.stored_parameters,
         norm=norm,
         truncation=ratio(total([f.truncation for f in measured]), norm) or 0.0,
         storage=ratio(total([f.storage for f in measured]), norm) or 0.0,
         error=ratio(total([f.total for f in measured]), norm) or 0.0,
+        metric=metric,
+        metric_error=seen or 0.0,
         floor=total([f.floor for f in measured]),
         subnormal=sum(f.subnormal for f in measured),
         inputs=_inputs(plan, provenance, squares[0], squares[1]),
         modules=modules,
+        dropped=tuple(module.stem for module in plan.modules if not module.kept),
     )
+
+
+def _bytes(file: AdapterFile) -> int:
+    """Bytes of the files that its tensors are in."""
+    sources = {id(ref.source): ref.source for ref in file.tensors.values()}
+    return sum(source.size() for source in sources.values())
 
 
 def _module(
@@ -117,6 +143,7 @@ def _inputs(
                 sha256=origin.sha256,
                 weight=weight,
                 dialect=file.dialect,
+                dtype=format_name(file.dtype),
                 base=_public(file.base),
                 modules=len(file.sites),
                 rank=file.rank,

@@ -52,7 +52,7 @@ def write_companions(
     del measured["warnings"], measured["notes"]  # they may name paths, and an output travels
     names = [path.name for path in target.root.iterdir()] if target.directory else []
     document = {
-        "schema": Report.schema,
+        "schema": report.schema,
         **measured,
         "output": base_name(report.output),
         "files": sorted(names) or [target.final.name],

@@ -3,6 +3,7 @@
 AdapterOpsError
 ├── UsageError          2    options or weights that make no sense together
 │   └── OutputExistsError
+│       └── FinishedError    it is what was asked for; a batch skips it
 ├── FormatError         3    a file that is malformed, truncated or not an adapter
 │   └── UnsafeFileError      a file that tries something a plain tensor file never needs
 ├── IncompatibleError   4    inputs that do not go together
@@ -78,6 +79,10 @@ class UsageError(AdapterOpsError, ValueError):
 
 class OutputExistsError(UsageError):
     """The output is already there, or is one of the inputs."""
+
+
+class FinishedError(OutputExistsError):
+    """The output is there, made by this version from these inputs with these options."""
 
 
 class FormatError(AdapterOpsError, ValueError):

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adapterops.adapter import Adapter
+from adapterops.basemodel import open_model
 from adapterops.errors import UsageError
-from adapterops.formats import open_adapter_file
+from adapterops.formats import open_adapter_file, read_adapter
+from adapterops.rebased import rebase
 
 Input = str | os.PathLike[str] | Adapter
 
@@ -38,6 +40,43 @@ def open_inputs(
     if unknown:
         raise UsageError(f"--alpha names {unknown[0]!r}, which is not among the inputs")
     return [_open(item, single, default, allow_pickle) for item in items]
+
+
+def open_one(
+    adapter: Input, *, alpha: float | Mapping[Any, float] | None = None, allow_pickle: bool = False
+) -> Adapter:
+    """`open_inputs` of a verb that takes one adapter."""
+    if not isinstance(adapter, str | os.PathLike | Adapter):
+        raise UsageError(f"expected one path or Adapter, not {type(adapter).__name__}")
+    return open_inputs([adapter], alpha=alpha, allow_pickle=allow_pickle)[0]
+
+
+def open_rebased(
+    adapter: Input,
+    base: str | os.PathLike[str],
+    residual: str | os.PathLike[str] | None = None,
+    *,
+    alpha: float | Mapping[Any, float] | None = None,
+    allow_pickle: bool = False,
+) -> tuple[Adapter, dict[str, str]]:
+    """An adapter that may be relative to its base, and what identifies the models used.
+
+    `residual` is the base as the adapter's initialisation left it. Raises what `read_adapter`,
+    `open_model` and `rebase` raise.
+    """
+    if isinstance(adapter, Adapter):
+        return adapter, {}
+    path = os.fspath(adapter)
+    single = alpha.get(path) if isinstance(alpha, Mapping) else None
+    value = single if single is not None else None if isinstance(alpha, Mapping) else alpha
+    if value is not None and not 0 < value < math.inf:
+        raise UsageError(f"alpha {value}: expected a number above 0")
+    file = read_adapter(path, alpha=value, alpha_wins=single is not None, allow_pickle=allow_pickle)
+    models = {"base": open_model(base)}
+    if residual is not None:
+        models["residual"] = open_model(residual)
+    rebased = rebase(file, models["base"], models.get("residual"))
+    return Adapter(((1.0, rebased),)), {name: model.identity for name, model in models.items()}
 
 
 def _open(

@@ -8,73 +8,97 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from adapterops import casts, linalg, streamed
-from adapterops.arrays import Array, host, is_out_of_device_memory, namespace
+from adapterops import linalg, metric, rangefinder
+from adapterops.arrays import Array, host, is_out_of_device_memory, namespace, put
 from adapterops.certificate import Figures
 from adapterops.errors import NumericsError
 from adapterops.formats.model import Read, Ref
-from adapterops.linalg import Core, Spectrum, Truncation
+from adapterops.linalg import Core, Form, Spectrum, Truncation
 from adapterops.plan import Module
-from adapterops.streamed import Sum
+from adapterops.rangefinder import Sum
+from adapterops.storing import Piece, Stored, stored_bias
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One module's finished tensors as bytes, and what was lost in making them."""
-
-    stem: str
-    B: memoryview
-    A: memoryview
-    bias: memoryview | None
-    figures: Figures
-
-
-def peak(modules: Sequence[Module], rank: int) -> int:
-    """Bytes that `factors` needs at most for these modules; `spectra` is asked with rank 0."""
+def peak(modules: Sequence[Module], cap: int | None = None) -> int:
+    """Bytes that `factors` needs at most for these modules; `spectra` if `cap` is not None."""
     module = modules[0]
     columns, perimeter = module.columns, sum(module.shape)
-    if rank and streamed.applies(module, rank):
-        return streamed.peak(module, rank)
-    if not rank and columns > streamed.LARGE:
-        return streamed.peak(module, rank) + 8 * 3 * math.prod(module.shape)
+    rank = module.kept if cap is None else 0
+    if rangefinder.is_dense(module) or (cap is None and rangefinder.applies(module, rank)):
+        return rangefinder.peak(module, cap or rank)
+    if cap is not None and columns > rangefinder.LARGE:
+        return rangefinder.peak(module, rank) + 8 * 3 * math.prod(module.shape)
     shared = sum(part.site.parts["B"].nbytes for part in module.parts) if module.expert else 0
     work = 8 * (perimeter * (3 * columns + 6 * rank) + 8 * columns * columns)
     return len(modules) * work + shared
 
 
-def spectra(modules: Sequence[Module], device: str) -> list[Spectrum]:
-    """Singular values and numerical rank of each module's exact sum."""
+def spectra(modules: Sequence[Module], cap: int, device: str) -> list[Spectrum]:
+    """Singular values, in the metric, and numerical rank of each module's exact sum.
+
+    Of a dense change only the first `cap` are computed, and the norm of the rest.
+    """
     try:
-        if modules[0].columns > streamed.LARGE:
-            return [streamed.spectrum(Sum(module, device)) for module in modules]
-        B, A, cores = _stacked(modules, device)
-        return [linalg.spectrum(B[i], A[i], core) for i, core in enumerate(cores)]
+        if rangefinder.is_dense(modules[0]) or modules[0].columns > rangefinder.LARGE:
+            found = [rangefinder.spectrum(Sum(module, device), cap) for module in modules]
+        else:
+            B, A, cores = _stacked(modules, device)
+            found = [linalg.spectrum(B[i], A[i], core) for i, core in enumerate(cores)]
+            for i, module in enumerate(modules):
+                if module.inputs is not None and module.columns:
+                    found[i] = metric.spectrum(B[i], A[i], module.inputs, found[i])
     except RuntimeError as error:
         if device == "cpu" or not is_out_of_device_memory(error):
             raise
-    return [one for module in modules for one in spectra([module], "cpu")]
+        return [one for module in modules for one in spectra([module], cap, "cpu")]
+    return [each.times(module.weight) for each, module in zip(found, modules, strict=True)]
 
 
-def factors(modules: Sequence[Module], rank: int, dtype: str, device: str) -> list[Piece]:
-    """Each module's sum at `rank`, rounded once to `dtype`, with its exact error."""
+def factors(modules: Sequence[Module], dtype: str, form: Form, device: str) -> list[Piece]:
+    """Each module's sum at its rank, rounded once to `dtype`, with its exact error."""
+    rank = modules[0].kept
+    scaled = [_without_scale(module) for module in modules]
     try:
-        if streamed.applies(modules[0], rank):
-            return [_streamed(Sum(module, device), rank, dtype) for module in modules]
-        B, A, cores = _stacked(modules, device)
-        results = linalg.truncate(B, A, rank, cores)
-        return [
-            _piece(module, B[i], A[i], cores[i], result, dtype)
-            for i, (module, result) in enumerate(zip(modules, results, strict=True))
-        ]
+        if rangefinder.is_dense(modules[0]) or rangefinder.applies(modules[0], rank):
+            found = [_streamed(Sum(module, device), rank, dtype, form) for module in scaled]
+        elif modules[0].inputs is not None and modules[0].columns:
+            found = [_for_inputs(module, rank, dtype, form, device) for module in scaled]
+        else:
+            B, A, cores = _stacked(scaled, device)
+            same = all(_is_stored_so(module, dtype) for module in scaled) and form == "balanced"
+            results = linalg.truncate(B, A, rank, cores, form, untouched=same)
+            found = [
+                _piece(module, B[i], A[i], cores[i], result, dtype)
+                for i, (module, result) in enumerate(zip(scaled, results, strict=True))
+            ]
     except RuntimeError as error:
         if device == "cpu" or not is_out_of_device_memory(error):
             raise
-    return [piece for module in modules for piece in factors([module], rank, dtype, "cpu")]
+        return [piece for module in modules for piece in factors([module], dtype, form, "cpu")]
+    return [
+        replace(piece, figures=piece.figures.times(module.scale))
+        for piece, module in zip(found, modules, strict=True)
+    ]
+
+
+def _is_stored_so(module: Module, dtype: str) -> bool:
+    """Whether the factors are, to the last bit, what one input holds in the output's type."""
+    return [(part.coefficient, part.site.kind, part.site.dtype) for part in module.parts] == [
+        (1.0, "lora", dtype)
+    ]
+
+
+def _without_scale(module: Module) -> Module:
+    """The module whose factors are stored: what its loader multiplies by the scale."""
+    if module.scale == 1.0:
+        return module
+    parts = (replace(p, coefficient=p.coefficient / module.scale) for p in module.parts)
+    return replace(module, parts=tuple(parts), scale=1.0)
 
 
 def measures(modules: Sequence[Module]) -> list[tuple[str, Figures]]:
@@ -142,6 +166,9 @@ def _columns(module: Module, device: str, read: Read) -> tuple[Array, Array]:
             A[rows] *= part.coefficient
         return B, A
     pairs = [part.site.factors(device, read) for part in module.parts]
+    if not pairs:
+        empty = np.zeros((module.shape[0], 0)), np.zeros((0, module.shape[1]))
+        return put(empty[0], device), put(empty[1], device)
     xp = namespace(pairs[0][0])
     scaled = [A * part.coefficient for (_, A), part in zip(pairs, module.parts, strict=True)]
     return xp.concat([B for B, _ in pairs], -1), xp.concat(scaled, 0)
@@ -163,7 +190,7 @@ def _piece(module: Module, B: Array, A: Array, core: Core, result: Truncation, d
     which only those with E need the long factors. W′ spans singular directions of ΔW, so of W̃ − W′
     only E_B·E_A meets the part cut off.
     """
-    stored = _Stored.of(module, result, dtype)
+    stored = Stored.of(module, result, dtype)
     down, up = core.scale[:, None], 1 / core.scale[:, None]
     with_b = host(B.mT @ stored.error_b) * down  # (R, k), columns scaled as in the core
     with_a = host(A @ stored.error_a.mT) * up
@@ -197,11 +224,16 @@ def _piece(module: Module, B: Array, A: Array, core: Core, result: Truncation, d
     )
 
 
-def _streamed(total: Sum, rank: int, dtype: str) -> Piece:
-    result = streamed.truncate(total, rank)
-    stored = _Stored.of(total.module, result, dtype)
+def _streamed(total: Sum, rank: int, dtype: str, form: Form) -> Piece:
+    result = rangefinder.truncate(total, rank)
+    if form != "balanced":
+        shaped = linalg.truncate(result.B[None], result.A[None], rank, form=form)[0]
+        result = replace(result, B=shaped.B, A=shaped.A)
+    stored = Stored.of(total.module, result, dtype)
+    if total.is_dense:
+        return _measured(total, result, stored)
     change_b, change_a = stored.change(result)
-    cross = streamed.inner_with_sum(total, change_b, change_a) - _inner(
+    cross = rangefinder.inner_with_sum(total, change_b, change_a) - _inner(
         result.B, result.A, change_b, change_a
     )
     return stored.piece(
@@ -210,70 +242,63 @@ def _streamed(total: Sum, rank: int, dtype: str) -> Piece:
         linalg.norm(change_b, change_a),
         cross,
         total.part_norms,
-        streamed.inner(total, stored.B, stored.A),
+        rangefinder.inner(total, stored.B, stored.A),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """Factors as the file holds them (float64 values of the narrow type) and what rounding did."""
+def _measured(total: Sum, result: Truncation, stored: Stored) -> Piece:
+    """A dense change, its figures taken from its rows and the factors as they are stored."""
+    module = total.module
+    seen = rangefinder.measure(total, result, stored.B, stored.A)
+    figures = Figures(
+        norm=seen.norm,
+        beta=result.beta,
+        floor=linalg.rank_floor(*module.shape, result.beta),
+        truncation=seen.cut,
+        storage=linalg.norm(*stored.change(result)),
+        total=seen.total,
+        input_norms=seen.sizes,
+        inner=seen.inner,
+        subnormal=stored.subnormal,
+        route=result.route,
+        noise=seen.noise,
+        changed=seen.changed,
+    )
+    return Piece(module.stem, stored.bytes_b, stored.bytes_a, None, figures)
 
-    dtype: str
-    bytes_b: memoryview
-    bytes_a: memoryview
-    B: Array
-    A: Array
-    error_b: Array
-    error_a: Array
-    subnormal: int
 
-    @classmethod
-    def of(cls, module: Module, result: Truncation, dtype: str) -> _Stored:
-        casts.check_range(result.B, dtype, module.stem)
-        casts.check_range(result.A, dtype, module.stem)
-        stored_b, stored_a = casts.store(result.B, dtype), casts.store(result.A, dtype)
-        B, A = casts.widen(stored_b, dtype), casts.widen(stored_a, dtype)
-        return cls(
-            dtype,
-            casts.stored_bytes(stored_b),
-            casts.stored_bytes(stored_a),
-            B,
-            A,
-            B - result.B,
-            A - result.A,
-            casts.count_subnormal(result.B, stored_b, dtype)
-            + casts.count_subnormal(result.A, stored_a, dtype),
-        )
+def _for_inputs(module: Module, rank: int, dtype: str, form: Form, device: str) -> Piece:
+    """One module truncated and measured by what its inputs make of it.
 
-    def change(self, result: Truncation) -> tuple[Array, Array]:
-        """Factors of W̃ − W′ = E_B·A′ + B̃·E_A: no cancellation, unlike ‖W̃‖² − ‖W′‖²."""
-        xp = namespace(self.B)
-        return xp.concat([self.error_b, self.B], -1), xp.concat([result.A, self.error_a], 0)
-
-    def piece(
-        self,
-        module: Module,
-        result: Truncation,
-        storage: float,
-        cross: float,
-        input_norms: tuple[float, ...],
-        inner: tuple[float, ...],
-    ) -> Piece:
-        """The finished module; `storage` is ‖W̃ − W′‖, `cross` is ⟨ΔW − W′, W̃ − W′⟩."""
-        squared = result.tail**2 + storage**2 - 2 * cross
-        figures = Figures(
-            norm=result.norm,
-            beta=result.beta,
-            floor=linalg.rank_floor(*module.shape, result.beta),
-            truncation=result.tail,
-            storage=storage,
-            total=math.sqrt(max(squared, 0.0)) if result.tail else storage,
-            input_norms=input_norms,
-            inner=inner,
-            subnormal=self.subnormal,
-            route=result.route,
-        )
-        return Piece(module.stem, self.bytes_b, self.bytes_a, _bias(module, self.dtype), figures)
+    The directions that go are no singular directions of ΔW, so every figure is the norm of its own
+    difference.
+    """
+    stacked_b, stacked_a, cores = _stacked([module], device)
+    B, A = stacked_b[0], stacked_a[0]
+    inputs = module.inputs
+    assert inputs is not None
+    xp = namespace(B)
+    near_b, near_a = (B, A) if module.columns <= rank else metric.truncate(B, A, rank, inputs)
+    result = linalg.truncate(near_b[None], near_a[None], rank, form=form)[0]
+    stored = Stored.of(module, result, dtype)
+    lost_b, lost_a = xp.concat([stored.B, -B], -1), xp.concat([stored.A, A], 0)
+    cut = linalg.norm(xp.concat([near_b, -B], -1), xp.concat([near_a, A], 0))
+    core = cores[0]
+    figures = Figures(
+        norm=core.norm,
+        beta=core.beta,
+        floor=linalg.rank_floor(*module.shape, core.beta),
+        truncation=cut if module.columns > rank else 0.0,
+        storage=linalg.norm(*stored.change(result)),
+        total=linalg.norm(lost_b, lost_a),
+        input_norms=_input_norms(module, B, A, core),
+        inner=tuple(_inner(stored.B, stored.A, B[:, rows], A[rows]) for rows in _slices(module)),
+        subnormal=stored.subnormal,
+        route="activation",
+        metric=(metric.norm(B, A, inputs)[0], metric.norm(lost_b, lost_a, inputs)[0]),
+    )
+    bias = stored_bias(module, dtype)
+    return Piece(module.stem, stored.bytes_b, stored.bytes_a, bias, figures)
 
 
 def _inner(B: Array, A: Array, other_b: Array, other_a: Array) -> float:
@@ -296,12 +321,3 @@ def _input_norms(module: Module, B: Array, A: Array, core: Core) -> tuple[float,
         seen = size >= linalg.GRAM_NORM * bound
         norms.append(size if seen else linalg.norm(B[:, rows], A[rows]))
     return tuple(norms)
-
-
-def _bias(module: Module, dtype: str) -> memoryview | None:
-    """Σ cᵢ·bᵢ of the parts that shift the bias (PEFT's lora_bias), None if none does."""
-    if not any("bias" in part.site.parts for part in module.parts):
-        return None
-    bias = np.sum([part.coefficient * part.site.bias() for part in module.parts], axis=0)
-    casts.check_range(bias, dtype, module.stem)
-    return casts.stored_bytes(casts.store(bias, dtype))

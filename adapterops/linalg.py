@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +30,10 @@ _GRAM_SIGMA = 1e-4
 _GRAM_EIGEN = 1e-8
 _STACK_CANCELLATION = 4.0
 
-Route = Literal["stack", "gram", "qr", "range", "copy", "zero"]
+Route = Literal["stack", "gram", "qr", "range", "activation", "copy", "zero"]
+Form = Literal["balanced", "svd", "orthonormal-a", "orthonormal-b"]
+# The share of σ that goes to B, as an exponent.
+_TO_B = {"balanced": 0.5, "svd": 0.5, "orthonormal-a": 1.0, "orthonormal-b": 0.0}
 Matrix = np.ndarray[Any, Any]
 
 
@@ -87,7 +90,10 @@ class _Mix:
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Singular values of ΔW, descending; its numerical rank and that of its stack of columns."""
+    """Singular values of ΔW, descending; its numerical rank and that of its stack of columns.
+
+    `rest` is the norm of what lies beyond the values listed.
+    """
 
     values: Matrix
     norm: float
@@ -96,6 +102,20 @@ class Spectrum:
     rank: int
     columns: int
     route: Route
+    rest: float = 0.0
+
+    def times(self, weight: float) -> Spectrum:
+        """The spectrum of weight·ΔW."""
+        if weight == 1.0:
+            return self
+        return replace(
+            self,
+            values=self.values * weight,
+            norm=self.norm * weight,
+            beta=self.beta * weight,
+            floor=self.floor * weight,
+            rest=self.rest * weight,
+        )
 
 
 def rank_floor(m: int, n: int, beta: float) -> float:
@@ -157,13 +177,28 @@ def spectrum(B: Array, A: Array, core: Core) -> Spectrum:
     return Spectrum(values, _size(values), core.beta, floor, rank, columns, "qr")
 
 
-def truncate(B: Array, A: Array, rank: int, known: Sequence[Core] = ()) -> list[Truncation]:
+def truncate(
+    B: Array,
+    A: Array,
+    rank: int,
+    known: Sequence[Core] = (),
+    form: Form = "balanced",
+    *,
+    untouched: bool = False,
+) -> list[Truncation]:
     """The best approximation of at most this rank of each module: B (k, m, R), A (k, R, n).
 
-    Where all R columns fit, they are kept as they are: scaling by powers of two is exact.
-    `known` are the modules' cores, if they were computed before.
+    `balanced` has ‖b_j‖ = ‖a_j‖; where all R columns fit, they are kept as they are, for scaling by
+    powers of two is exact. The other forms are of the singular value decomposition UΣVᵀ, σ
+    descending: `svd` is U√Σ and √ΣVᵀ, `orthonormal-a` UΣ and Vᵀ, `orthonormal-b` U and ΣVᵀ.
+    `known` are the modules' cores, if they were computed before. `untouched` leaves the columns as
+    they are to the last bit where they all fit.
     """
     found = known or cores(B, A)
+    if untouched and B.shape[-1] <= rank:
+        return [_padded(B[i], A[i], core, rank) for i, core in enumerate(found)]
+    if form != "balanced":
+        return [_truncate_qr(B[i], A[i], core, rank, form) for i, core in enumerate(found)]
     m, n = B.shape[-2], A.shape[-1]
     mixes = [_mix(core, rank, m, n) for core in found]
     nothing = _Mix(
@@ -178,6 +213,17 @@ def truncate(B: Array, A: Array, rank: int, known: Sequence[Core] = ()) -> list[
         else _truncate_qr(B[i], A[i], core, rank)
         for i, (mix, core, b, a) in enumerate(zip(mixes, found, new_b, new_a, strict=True))
     ]
+
+
+def _padded(B: Array, A: Array, core: Core, rank: int) -> Truncation:
+    """The factors themselves, with columns of zeros up to the rank."""
+    columns = len(core.scale)
+    right, left = np.zeros((columns, rank)), np.zeros((rank, columns))
+    np.fill_diagonal(right, 1 / core.scale)
+    np.fill_diagonal(left, core.scale)
+    pad_b, pad_a = like(np.eye(columns, rank), B), like(np.eye(rank, columns), A)
+    new_b, new_a = B @ pad_b, pad_a @ A
+    return Truncation(new_b, new_a, np.zeros(0), 0.0, core.norm, core.beta, "stack", right, left)
 
 
 def _mix(core: Core, rank: int, m: int, n: int) -> _Mix | None:
@@ -205,7 +251,7 @@ def _mix(core: Core, rank: int, m: int, n: int) -> _Mix | None:
     return _Mix(right, left, values, tail, "gram")
 
 
-def _truncate_qr(B: Array, A: Array, core: Core, rank: int) -> Truncation:
+def _truncate_qr(B: Array, A: Array, core: Core, rank: int, form: Form = "balanced") -> Truncation:
     xp = namespace(B)
     scale = like(core.scale, B)
     basis_b, upper_b = xp.linalg.qr(B * scale)
@@ -213,19 +259,36 @@ def _truncate_qr(B: Array, A: Array, core: Core, rank: int) -> Truncation:
     U, values, Vh = svd(host(upper_b) @ host(upper_a).T)
     floor = rank_floor(B.shape[-2], A.shape[-1], core.beta)
     keep = min(rank, int((values > floor).sum()))
-    root = np.sqrt(values[:keep])
+    to_b = values[:keep] ** _TO_B[form]
+    to_a = values[:keep] ** (1 - _TO_B[form])
     left, right = np.zeros((len(U), rank)), np.zeros((rank, Vh.shape[1]))
-    left[:, :keep] = U[:, :keep] * root
-    right[:keep] = root[:, None] * Vh[:keep]
-    return Truncation(
-        basis_b @ like(left, B),
-        like(right, A) @ basis_a.mT,
-        values,
-        _size(values[keep:]),
-        _size(values),
-        core.beta,
-        "qr",
-    )
+    left[:, :keep] = U[:, :keep] * to_b
+    right[:keep] = to_a[:, None] * Vh[:keep]
+    new_b, new_a = basis_b @ like(left, B), like(right, A) @ basis_a.mT
+    if form == "orthonormal-b":
+        new_b = _completed(new_b, keep)
+    if form == "orthonormal-a":
+        new_a = _completed(new_a.mT, keep).mT
+    route: Route = "qr" if core.beta else "zero"
+    return Truncation(new_b, new_a, values, _size(values[keep:]), _size(values), core.beta, route)
+
+
+def _completed(basis: Array, known: int) -> Array:
+    """Columns beyond the `known` orthonormal ones, zero so far, made orthonormal to them.
+
+    Their partners in the other factor are zero. Columns beyond the number of rows stay zero.
+    """
+    rows, columns = basis.shape
+    missing = min(columns, rows) - known
+    if missing <= 0:
+        return basis
+    start = np.zeros((rows, missing))
+    fixed = host(basis[:, :known])
+    start[np.argsort((fixed * fixed).sum(axis=1), kind="stable")[:missing], range(missing)] = 1.0
+    added = np.linalg.qr(np.concatenate([fixed, start], axis=1))[0][:, known:]
+    whole = np.zeros((rows, columns))
+    whole[:, :known], whole[:, known : known + missing] = fixed, added
+    return like(whole, basis)
 
 
 def _triangles(B: Array, A: Array, scale: Matrix) -> Matrix:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from adapterops import kernels
+from adapterops import kernels, rangefinder
 from adapterops.certificate import Figures
 from adapterops.dense import DensePiece, summed
 from adapterops.dense import peak as dense_peak
-from adapterops.kernels import Piece
-from adapterops.linalg import Spectrum
+from adapterops.linalg import Form, Spectrum
 from adapterops.plan import Module, Plan
 from adapterops.provenance import file_sha256
+from adapterops.storing import Piece
 from adapterops.stream import Compute, Job, run
 
 Progress = Callable[[str, int, int], None]
@@ -23,25 +23,25 @@ _BATCH_BYTES = 256 << 20
 _HASH_BYTES = 4 << 20
 
 
-def spectra(plan: Plan, on: Compute, progress: Progress | None) -> list[Spectrum]:
-    """Singular values of every module's exact sum."""
-    jobs = _jobs(plan, kernels.spectra, (on.device,), 0, on)
+def spectra(plan: Plan, cap: int, on: Compute, progress: Progress | None) -> list[Spectrum]:
+    """Singular values of every module's exact sum; of dense changes at most `cap`."""
+    jobs = _jobs(plan, kernels.spectra, (cap, on.device), cap, on)
     return list(_watched(run(jobs, on), plan, "singular values", progress))
 
 
 def pieces(
-    plan: Plan, rank: int, on: Compute, progress: Progress | None
+    plan: Plan, form: Form, on: Compute, progress: Progress | None
 ) -> Generator[Piece, None, None]:
-    """Every module's sum at one rank, stored and measured."""
-    jobs = _jobs(plan, kernels.factors, (rank, plan.dtype, on.device), rank, on)
-    return _watched(run(jobs, on), plan, "merging", progress)
+    """Every module's sum at its rank, stored and measured."""
+    jobs = _jobs(plan, kernels.factors, (plan.dtype, form, on.device), None, on)
+    return _watched(run(jobs, on), plan, "factors", progress)
 
 
 def measures(
     plan: Plan, on: Compute, progress: Progress | None
 ) -> Generator[tuple[str, Figures], None, None]:
     """Every module's figures where its only factor pair is copied."""
-    jobs = _jobs(plan, kernels.measures, (), 1, replace(on, device="cpu"))
+    jobs = _jobs(plan, kernels.measures, (), None, replace(on, device="cpu"))
     return _watched(run(jobs, on), plan, "copying", progress)
 
 
@@ -53,14 +53,17 @@ def dense(plan: Plan, on: Compute) -> Generator[DensePiece, None, None]:
     return run(jobs, on)
 
 
-def sha256s(plan: Plan, on: Compute) -> list[str]:
-    """The hash of every input's weights file."""
-    files = [file.weights_file for file in plan.inputs]
+def sha256s(files: Sequence[str], on: Compute) -> list[str]:
+    """The hash of every file."""
     return list(run([Job(path, file_sha256, (path,), _HASH_BYTES) for path in files], on))
 
 
 def _jobs(
-    plan: Plan, kernel: Callable[..., list[Any]], args: tuple[Any, ...], rank: int, on: Compute
+    plan: Plan,
+    kernel: Callable[..., list[Any]],
+    args: tuple[Any, ...],
+    cap: int | None,
+    on: Compute,
 ) -> Iterator[Job[list[Any]]]:
     """One job per module on the CPU, one per batch of equal modules on a device.
 
@@ -69,16 +72,17 @@ def _jobs(
     """
     groups: dict[Any, list[Module]] = defaultdict(list)
     for position, module in enumerate(plan.modules):
-        alike = (module.shape, tuple(part.site.rank for part in module.parts))
+        widths = tuple(part.site.rank for part in module.parts)
+        alike = (module.shape, widths, module.kept, rangefinder.is_dense(module))
         if on.device == "cpu":
             groups[(module.tensors, *alike) if module.expert else position].append(module)
         else:
-            groups[alike].append(module)
+            groups[(module.inputs, *alike)].append(module)
     for members in groups.values():
-        count = max(1, _BATCH_BYTES // max(1, kernels.peak(members[:1], rank)))
+        count = max(1, _BATCH_BYTES // max(1, kernels.peak(members[:1], cap)))
         for start in range(0, len(members), count):
             batch = tuple(members[start : start + count])
-            yield Job(batch[0].stem, kernel, (batch, *args), kernels.peak(batch, rank))
+            yield Job(batch[0].stem, kernel, (batch, *args), kernels.peak(batch, cap))
 
 
 def _watched(

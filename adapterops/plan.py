@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from adapterops.formats.model import AdapterFile, Layer, Ref, Site
+from adapterops.metric import Inputs
+from adapterops.scaling import Scaling, stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A module of the result and the factor pairs that make it up."""
+    """A module of the result and the factor pairs that make it up; none make a module of zeros.
+
+    `kept` is the rank it is written at, `scale` what its loader multiplies B·A by. Its error is
+    measured as `weight`·‖·‖_F, or by what its `inputs` make of it.
+    """
 
     stem: str
     dialect: str
@@ -28,11 +36,20 @@ class Module:
     shape: tuple[int, int]
     kernel: tuple[int, ...]
     parts: tuple[Part, ...]
+    kept: int = 0
+    scale: float = 1.0
+    weight: float = 1.0
+    inputs: Inputs | None = None
 
     @property
     def expert(self) -> tuple[int, int] | None:
         """(index, count) where several modules share their tensors."""
-        return self.parts[0].site.expert
+        return self.parts[0].site.expert if self.parts else None
+
+    @property
+    def source(self) -> str:
+        """The module's name in the first input that has it."""
+        return self.parts[0].site.stem if self.parts else self.stem
 
     @property
     def tensors(self) -> str:
@@ -48,6 +65,18 @@ class Module:
     def bound(self) -> int:
         """The largest rank that the result can have."""
         return min(self.columns, *self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Weighting:
+    """What error is measured in: Frobenius norms, weighted by module, or what inputs make of it.
+
+    Keys are the modules' names in the input.
+    """
+
+    name: Literal["frobenius", "relative", "activation"] = "frobenius"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    inputs: Mapping[str, Inputs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +100,10 @@ class DenseSum:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that is decided before a factor is read."""
+    """Everything that is decided before a factor is read.
+
+    `listed_targets`: the config must list its targets, for an expression would not be understood.
+    """
 
     inputs: tuple[AdapterFile, ...]
     weights: tuple[float, ...]
@@ -81,6 +113,60 @@ class Plan:
     dtype: str
     left_out: int
     warnings: tuple[str, ...]
+    scaling: Scaling = "folded"
+    listed_targets: bool = False
+
+    def measured_by(self, weighting: Weighting) -> Plan:
+        """The plan with its error measured so; full deltas count in Frobenius norms only."""
+        modules = (
+            replace(
+                module,
+                weight=weighting.weights.get(module.source, 1.0),
+                inputs=weighting.inputs.get(module.source),
+            )
+            for module in self.modules
+        )
+        return replace(self, modules=tuple(modules))
+
+    def at(self, ranks: Sequence[int]) -> Plan:
+        """The plan with every module at the rank it is to be written at."""
+        modules = []
+        for module, rank in zip(self.modules, ranks, strict=True):
+            own = module.parts[0].site.scale if module.parts else 1.0
+            scale = stored(self.scaling, module.dialect, own, rank)[1]
+            modules.append(replace(module, kept=rank, scale=scale))
+        return replace(self, modules=tuple(modules))
+
+    @property
+    def written(self) -> list[Module]:
+        """The modules that have tensors in the output: those above rank 0."""
+        return [module for module in self.modules if module.kept]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that a module is written at."""
+        return max((module.kept for module in self.modules), default=0)
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Indices of modules that must have one rank, for they share their tensors."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for index, module in enumerate(self.modules):
+            found[module.tensors].append(index)
+        return list(found.values())
+
+    @property
+    def stored_parameters(self) -> int:
+        """Numbers in the inputs' factors as they are stored."""
+        seen = {}
+        for module in self.modules:
+            for part in module.parts:
+                file = self.inputs[part.input]
+                for role, ref in part.site.parts.items():
+                    if role != "alpha" and ref.name in file.tensors:
+                        shape = file.tensors[ref.name].shape  # of all experts together
+                        seen[id(file), ref.name] = math.prod(shape)
+        return sum(seen.values())
 
     @property
     def live(self) -> list[AdapterFile]:
@@ -105,9 +191,11 @@ class Plan:
         counts = {module.tensors: module.expert[1] for module in self.modules if module.expert}
         return experts == counts
 
-    def parameters(self, rank: int) -> int:
-        """Numbers in the output's factors at a uniform rank."""
-        return rank * sum(sum(module.shape) for module in self.modules)
+    def parameters(self, ranks: Sequence[int]) -> int:
+        """Numbers in the output's factors at these ranks."""
+        return sum(
+            rank * sum(module.shape) for rank, module in zip(ranks, self.modules, strict=True)
+        )
 
     @property
     def dense(self) -> int:

@@ -6,68 +6,48 @@ nothing behind.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from adapterops import passes, ranks
-from adapterops.align import align
-from adapterops.casts import FORMATS, format_name
+from adapterops.casts import FORMATS
 from adapterops.certificate import Figures, PlanReport, RankHint, Report, total
 from adapterops.certify import certify
 from adapterops.certify import notes as measured_notes
-from adapterops.choose import check_size, choose_rank
+from adapterops.choosing import Choice, Known, check_size, choose_ranks
 from adapterops.companions import side_files, write_companions
-from adapterops.errors import (
-    BudgetError,
-    IncompatibleError,
-    NumericsError,
-    OutputExistsError,
-    UsageError,
-)
+from adapterops.descriptions import check_ranks
+from adapterops.errors import IncompatibleError, UsageError
 from adapterops.extras import extras_by_name, plan_extras
 from adapterops.files.header import Entry, encode_header, layout
-from adapterops.files.output import (
-    PROVENANCE_KEY,
-    check_output,
-    is_our_sidecar,
-    stage,
-)
+from adapterops.files.output import PROVENANCE_KEY, stage
 from adapterops.formats import kohya, peft
 from adapterops.formats.model import AdapterFile
-from adapterops.formats.names import DIRECTORIES
 from adapterops.layout import Layout, output_path, plan_output, sidecar_name, weights_name
 from adapterops.linalg import Spectrum
 from adapterops.options import compute, parse_size
 from adapterops.plan import Plan
-from adapterops.provenance import Origin, Provenance, file_sha256, given_alphas, labels
+from adapterops.prepare import Options, check_engine, dry_run, is_copy, planned_for, provenance_of
+from adapterops.promises import (
+    check_apart,
+    check_cancellation,
+    check_free,
+    check_promises,
+    check_sidecar,
+)
 from adapterops.ranks import Ranks
 from adapterops.stream import Compute
 from adapterops.target import kernel_warnings
 from adapterops.writing import write
 
 _RESERVE = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a sum is written; `merge` documents each."""
-
-    out: str
-    ranks: Ranks
-    modules: str | None = None
-    extras: str = "error"
-    dtype: str = "keep"
-    to: str | None = None
-    overwrite: bool = False
-    strict: bool = False
-    dry_run: bool = False
-    progress: Callable[[str, int, int], None] | None = None
+_CAP = 256  # directions of a dense change that are computed where no --max-rank says how many
 
 
 def save_sum(
@@ -79,14 +59,34 @@ def save_sum(
     energy: float | None = None,
     max_error: float | None = None,
     size: str | int | None = None,
+    ratio: float | None = None,
+    sv_ratio: float | None = None,
+    sv_fro: float | None = None,
+    sv_cumulative: float | None = None,
+    allocate: Literal["uniform", "global"] = "uniform",
+    ragged: bool = False,
+    min_rank: int | None = None,
+    max_rank: int | None = None,
     device: str = "auto",
     memory: str | int | None = None,
     jobs: int | None = None,
     **options: Any,
 ) -> Report | PlanReport:
     """`save` with everything as keywords; `options` are the other fields of `Options`."""
-    rank = rank.item() if isinstance(rank, np.integer) else rank
-    chosen = Ranks(rank, energy, max_error, None if size is None else parse_size(size, "--size"))
+    chosen = Ranks(
+        rank=rank.item() if isinstance(rank, np.integer) else rank,
+        energy=energy,
+        max_error=max_error,
+        size=None if size is None else parse_size(size, "--size"),
+        ratio=ratio,
+        sv_ratio=sv_ratio,
+        sv_fro=sv_fro,
+        sv_cumulative=sv_cumulative,
+        allocate=allocate,
+        ragged=ragged,
+        floor=min_rank,
+        ceiling=max_rank,
+    )
     how = Options(os.fspath(out), chosen, **options)
     return save(files, weights, how, compute(device, memory, jobs))
 
@@ -102,25 +102,32 @@ def save(
         return _save(inputs, weights, options, on)
     finally:
         for file in inputs:
-            file.source.close()
+            for source in file.sources:
+                source.close()
 
 
 def _save(
     inputs: Sequence[AdapterFile], weights: Sequence[float], options: Options, on: Compute
 ) -> Report | PlanReport:
-    plan = align(inputs, weights, modules=options.modules, dtype=options.dtype, to=options.to)
+    plan, legal = planned_for(inputs, weights, options)
     out, directory, notes = output_path(options.out, plan.dialect)
-    _check_apart(Path(os.path.realpath(out)), inputs)
-    final = check_output(out, directory=directory, overwrite=options.overwrite)
+    check_apart(Path(os.path.realpath(out)), inputs)
+    name = weights_name(plan.dialect) if directory else os.path.basename(out)
+    final = check_free(
+        out,
+        directory=directory,
+        overwrite=options.overwrite,
+        made=lambda: provenance_of(inputs, weights, options, on),
+    )
     if not directory:
-        _check_sidecar(final.with_name(sidecar_name(final)))
+        check_sidecar(final.with_name(sidecar_name(final)))
     extras, dropped = plan_extras(inputs, weights, options.extras, _extra_name(plan))
     if extras and plan.dialect != plan.inputs[0].dialect:
         raise IncompatibleError(
             f"--to {plan.dialect}: {extras[0].name!r} has no name in that dialect",
             hint="leave it out with --extras drop",
         )
-    copy = _is_copy(plan, options)
+    copy = is_copy(plan, options)
     if copy:
         plan = replace(plan, dtype=plan.live[0].dtype)
     elif plan.dtype not in FORMATS:
@@ -131,64 +138,83 @@ def _save(
     travelling, left = side_files(inputs, directory)
     if not copy:
         check_size(plan, options.ranks)
-    provenance = _provenance(plan, options, on)
+    provenance = provenance_of(inputs, weights, options, on)
 
-    def form_at(rank: int) -> tuple[Layout, dict[str, Entry], dict[str, str]]:
-        form = plan_output(plan, rank, extras, directory=directory, copy=copy)
+    def form_at(chosen: Sequence[int]) -> tuple[Layout, dict[str, Entry], dict[str, str]]:
+        form = plan_output(plan.at(chosen), extras, directory=directory, copy=copy)
         return form, layout(form.tensors), {**form.metadata, PROVENANCE_KEY: provenance.to_json()}
 
+    if legal and not copy:  # before anything is read
+        form = form_at([legal.rank_for(1) or 1] * len(plan.modules))[0]
+        check_engine(legal, form, name, directory=directory, side_files=tuple(travelling))
     spectra: list[Spectrum] = []
-    rank, whole = plan.input_rank, 0.0
-    if not copy:
-        if options.ranks.needs_spectra:
-            spectra = passes.spectra(plan, on, options.progress)
-            dense = [delta.figures for delta in passes.dense(plan, on)]
-            known: list[Spectrum | Figures] = [*spectra, *dense]
-            whole = total([each.norm for each in known])
-            _check_cancellation(
+    choice = Choice(tuple(module.columns for module in plan.modules))
+    whole = 0.0
+    if not copy or options.with_spectra:
+        spectra, dense = _measured(plan, options, on)
+        known: list[Spectrum | Figures] = [*spectra, *dense]
+        whole = total([each.norm for each in known])
+        if spectra:
+            check_cancellation(
                 whole, total([each.floor for each in known]), any(each.beta > 0 for each in known)
             )
-        rank = choose_rank(
-            plan,
+    if not copy:
+
+        def error_at(chosen: Sequence[int]) -> float:
+            at = plan.at(chosen)
+            with closing(passes.pieces(at, options.form, on, options.progress)) as pieces:
+                sizes = {module.stem: module.weight for module in at.modules}
+                lost = [piece.figures.in_metric(sizes[piece.stem])[1] for piece in pieces]
+            return total([*lost, *(figures.total for figures in dense)])
+
+        choice = choose_ranks(
             options.ranks,
-            spectra,
-            whole,
-            lambda k: _file_size(*form_at(k)[1:]),
-            lambda k: [
-                *dense,
-                *(piece.figures for piece in passes.pieces(plan, k, on, options.progress)),
-            ],
+            Known(plan, spectra, whole, lambda k: _file_size(*form_at(k)[1:]), error_at, legal),
         )
-    form, entries, metadata = form_at(rank)
+    plan = plan.at(choice.ranks)
+    check_ranks(plan)
+    form, entries, metadata = form_at(choice.ranks)
     size = _file_size(entries, metadata)
     hidden = [] if copy else kernel_warnings(plan.modules)
     warnings = [*plan.warnings, *hidden, *form.warnings, *left]
     if options.strict and warnings:
         raise IncompatibleError(f"--strict: {warnings[0]}")
-    hints = _hints(plan, spectra, whole, rank)
+    hints = _hints(plan, spectra, whole)
     described = extras_by_name(extras, dropped)
+    if legal:
+        notes += check_engine(legal, form, name, directory=directory, side_files=tuple(travelling))
     if options.dry_run:
-        planned = _planned(plan, out, size, rank, described)
-        return replace(planned, hints=hints, notes=tuple(notes), warnings=tuple(warnings))
+        planned = dry_run(plan, out, size, described)
+        return replace(
+            planned,
+            verb=options.verb,
+            gap=choice.gap,
+            hints=hints,
+            notes=tuple(notes),
+            warnings=tuple(warnings),
+        )
 
     with stage(out, directory=directory, overwrite=options.overwrite) as target:
-        name = weights_name(plan.dialect) if directory else target.final.name
         writer = target.tensors(name, entries, size - _data_size(entries))
-        figures, dense = write(plan, form, extras, writer, copy, rank, on, options.progress)
-        report = certify(plan, figures, dense, rank, provenance)
+        figures, full = write(plan, form, extras, writer, copy, options.form, on, options.progress)
+        report = certify(plan, figures, full, provenance, options.weighting.name)
         report = replace(
             report,
+            verb=options.verb,
             output=out,
             dialect=plan.dialect,
             size=size,
+            gap=choice.gap,
             extras=described,
             hints=hints,
+            spectra=_listed(plan, spectra) if options.with_spectra else {},
             notes=(*notes, *measured_notes(plan, report, copy)),
             warnings=tuple(warnings),
         )
-        _check_promises(report, [*figures, *dense], options)
+        check_promises(report, [*figures, *full], options.ranks.max_error)
         for file in inputs:
-            file.source.check_unchanged()
+            for source in file.sources:
+                source.check_unchanged()
         if any(module.dialect == "kohya" for module in plan.modules):
             digest, start = writer.data_sha256()
             metadata.update(kohya.model_hashes(entries, metadata, digest, start))
@@ -197,17 +223,21 @@ def _save(
     return report
 
 
-def _check_apart(final: Path, inputs: Sequence[AdapterFile]) -> None:
-    """The output must not be an input, nor a directory that holds one."""
-    for file in inputs:
-        for path in (file.path, file.weights_file):
-            real = Path(os.path.realpath(path))
-            if real == final or final in real.parents:
-                raise OutputExistsError(
-                    f"the output is or contains the input {path}",
-                    path=os.fspath(final),
-                    hint="choose another name; inputs are never changed",
-                )
+def _measured(plan: Plan, options: Options, on: Compute) -> tuple[list[Spectrum], list[Figures]]:
+    """Singular values and the figures of full deltas, where a choice or the user asks for them."""
+    if not (options.ranks.needs_spectra or options.with_spectra):
+        return [], []
+    cap = options.ranks.ceiling or _CAP
+    spectra = passes.spectra(plan, cap, on, options.progress)
+    counted = options.weighting.name == "frobenius"
+    return spectra, [delta.figures for delta in passes.dense(plan, on)] if counted else []
+
+
+def _listed(plan: Plan, spectra: Sequence[Spectrum]) -> dict[str, tuple[float, ...]]:
+    return {
+        module.stem: tuple(spectrum.values.tolist())
+        for module, spectrum in zip(plan.modules, spectra, strict=True)
+    }
 
 
 def _extra_name(plan: Plan) -> Callable[[str], str]:
@@ -216,62 +246,6 @@ def _extra_name(plan: Plan) -> Callable[[str], str]:
         return lambda name: name
     modules = {module.stem for module in plan.modules}
     return lambda name: peft.extra_name(name, modules)
-
-
-def _check_sidecar(path: Path) -> None:
-    """A file that happens to be called like our sidecar is not replaced."""
-    if path.exists() and not is_our_sidecar(path):
-        raise OutputExistsError(
-            "exists, was not written by adapterops, and is where the certificate would go",
-            path=os.fspath(path),
-            hint="choose another name for the output",
-        )
-
-
-def _is_copy(plan: Plan, options: Options) -> bool:
-    """One adapter with coefficient 1, nothing cut, no other format: its bytes are the result."""
-    return (
-        options.ranks == Ranks()
-        and options.dtype == "keep"
-        and plan.dialect == plan.inputs[0].dialect
-        and all(
-            len(module.parts) == 1
-            and module.parts[0].coefficient == module.parts[0].site.scale
-            and (module.parts[0].site.kind == "lora" or plan.dialect not in DIRECTORIES)
-            for module in plan.modules
-        )
-        and not any(delta.factors for delta in plan.deltas)
-        and plan.whole_tensors
-        and [weight for weight in plan.weights if weight] == [1.0]
-        and all(module.columns for module in plan.modules)
-        and not any(
-            part.site.alpha_given and part.site.dialect not in DIRECTORIES
-            for module in plan.modules
-            for part in module.parts
-        )
-    )
-
-
-def _provenance(plan: Plan, options: Options, on: Compute) -> Provenance:
-    names = labels([file.path for file in plan.inputs])
-    hashes = passes.sha256s(plan, on)
-    origins = tuple(
-        Origin(name, sha256, weight, file_sha256(file.config_file) if file.config_file else None)
-        for file, name, sha256, weight in zip(plan.inputs, names, hashes, plan.weights, strict=True)
-    )
-    chosen = options.ranks
-    recorded = {
-        "rank": chosen.rank,
-        "energy": chosen.energy,
-        "max_error": chosen.max_error,
-        "size": chosen.size,
-        "modules": options.modules,
-        "extras": None if options.extras == "error" else options.extras,
-        "dtype": None if options.dtype == "keep" else options.dtype,
-        "to": options.to,
-        "alpha": given_alphas(plan.inputs) or None,
-    }
-    return Provenance("merge", origins, recorded)
 
 
 def _data_size(entries: dict[str, Entry]) -> int:
@@ -284,47 +258,10 @@ def _file_size(entries: dict[str, Entry], metadata: dict[str, str]) -> int:
     return -(-header // 8) * 8 + _data_size(entries)
 
 
-def _hints(
-    plan: Plan, spectra: Sequence[Spectrum], whole: float, rank: int
-) -> tuple[RankHint, ...]:
+def _hints(plan: Plan, spectra: Sequence[Spectrum], whole: float) -> tuple[RankHint, ...]:
     """What each smaller standard rank would cost, where the singular values are known."""
     if not spectra:
         return ()
     tail = ranks.tails(spectra)
-    smaller = {r for r in (*ranks.STANDARD, plan.input_rank) if r < min(rank, len(tail))}
+    smaller = {r for r in (*ranks.STANDARD, plan.input_rank) if r < min(plan.rank, len(tail))}
     return tuple(RankHint(r, float(tail[r]) / whole if whole else 0.0) for r in sorted(smaller))
-
-
-def _check_promises(report: Report, figures: Sequence[Figures], options: Options) -> None:
-    _check_cancellation(report.norm, report.floor, any(figure.beta > 0 for figure in figures))
-    bound = options.ranks.max_error
-    noise = report.floor / report.norm if report.norm else 0.0
-    if bound is not None and report.error + noise > bound:
-        raise BudgetError(
-            f"the error as written is {report.error:.4g}, measured to within {noise:.2g}: "
-            f"--max-error {bound:g} cannot be promised"
-        )
-
-
-def _check_cancellation(norm: float, floor: float, something: bool) -> None:
-    """Refuse a sum of which nothing is left but rounding noise."""
-    if something and norm <= floor:
-        raise NumericsError(
-            f"the inputs cancel: ‖ΔW‖ = {norm:.2g} is below the rounding noise {floor:.2g} of what "
-            "went in",
-            hint="are two of the inputs the same adapter with opposite weights?",
-        )
-
-
-def _planned(plan: Plan, out: str, size: int, rank: int, extras: Mapping[str, str]) -> PlanReport:
-    modules = {}
-    for module in plan.modules:
-        widths = [0] * len(plan.inputs)
-        for part in module.parts:
-            widths[part.input] = part.site.rank
-        modules[module.stem] = (module.shape, tuple(widths))
-    for delta in plan.deltas:
-        shape = (delta.shape[0], math.prod(delta.shape[1:])) if delta.shape else (1, 1)
-        modules[delta.name] = (shape, tuple([0] * len(plan.inputs)))
-    dtype = format_name(plan.dtype)
-    return PlanReport(out, plan.dialect, dtype, rank, size, modules, extras)

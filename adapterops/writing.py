@@ -16,6 +16,7 @@ from adapterops.dense import measured
 from adapterops.extras import Extra
 from adapterops.files.writer import TensorWriter
 from adapterops.layout import Layout, Slot
+from adapterops.linalg import Form
 from adapterops.passes import Progress
 from adapterops.plan import Plan
 from adapterops.stream import Compute
@@ -27,7 +28,7 @@ def write(
     extras: Sequence[Extra],
     writer: TensorWriter,
     copy: bool,
-    rank: int,
+    shape: Form,
     on: Compute,
     progress: Progress | None,
 ) -> tuple[list[Figures], list[Figures]]:
@@ -44,16 +45,18 @@ def write(
             writer.put(delta.name, delta.data)
             dense.append(delta.figures)
     place = _Placement(writer, form)
-    rows = {module.stem: module.shape[0] for module in plan.modules}
+    sizes = {module.stem: (module.shape[0], module.kept) for module in plan.written}
     figures: dict[str, Figures] = {}
-    with closing(passes.pieces(plan, rank, on, progress)) as results:
+    with closing(passes.pieces(plan, shape, on, progress)) as results:
         for piece in results:
-            slots = form.roles[piece.stem]
-            place.put(slots, "B", piece.B, rows[piece.stem])
+            figures[piece.stem] = piece.figures
+            if piece.stem not in sizes:
+                continue
+            slots, (rows, rank) = form.roles[piece.stem], sizes[piece.stem]
+            place.put(slots, "B", piece.B, rows)
             place.put(slots, "A", piece.A, rank)
             if piece.bias is not None:
                 place.put(slots, "bias", piece.bias, 1)
-            figures[piece.stem] = piece.figures
     return [figures[module.stem] for module in plan.modules], dense
 
 

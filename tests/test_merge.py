@@ -584,15 +584,15 @@ class TestOutputNames:
 
 
 def test_a_sum_too_large_to_hold_gives_the_same(tmp_path, monkeypatch):
-    from adapterops import streamed
+    from adapterops import sums
 
     shapes = {"x.q": (40, 50)}
     for index in range(140):
         write_peft(tmp_path / f"a{index}", pairs(index, shapes, 8, np.float16))
     inputs, weights = [tmp_path / f"a{index}" for index in range(140)], [1 / 140] * 140
     first = ao.merge(inputs, weights, out=tmp_path / "held", rank=3, dtype="float32")
-    monkeypatch.setattr(streamed, "_HELD", 0)
-    monkeypatch.setattr(streamed, "_BLOCK_NUMBERS", 300)
+    monkeypatch.setattr(sums, "HELD", 0)
+    monkeypatch.setattr(sums, "BLOCK_NUMBERS", 300)
     second = ao.merge(inputs, weights, out=tmp_path / "read", rank=3, dtype="float32")
     assert distance(read_peft(tmp_path / "read"), read_peft(tmp_path / "held")) < 1e-6
     assert second.error == pytest.approx(first.error, rel=1e-9)
@@ -668,13 +668,12 @@ class TestReviewed:
         sidecar = json.loads((tmp_path / "m.adapterops.json").read_text())
         assert sidecar["provenance"]["options"]["alpha"] == {"0": 8.0}
 
-    def test_rounding_noise_prints_as_a_bound(self, tmp_path, capsys):
-        from adapterops.render.tables import print_merge
+    def test_rounding_noise_prints_as_a_bound(self, tmp_path):
+        from adapterops.render.tables import page
 
         a, b, *_ = two(tmp_path)
         report = ao.merge([a, a, b], [1, 1, 1], out=tmp_path / "m", dtype="float32", rank=5)
-        print_merge(report, verbose=True, command=str)
-        printed = capsys.readouterr().out
+        printed = page(report, verbose=True, command=str)
         assert 0 < report.truncation < report.floor / report.norm and "(rank < " in printed
         plain = re.findall(r"(?<!< )\b(\d[\d.e+-]*) %", printed)  # percentages that are no bounds
         assert plain and all(float(x) == 0 or float(x) > 1e-9 for x in plain), plain

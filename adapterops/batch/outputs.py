@@ -12,6 +12,7 @@ from adapterops.errors import FileError, FormatError, OutputExistsError, UsageEr
 from adapterops.files import pictures
 from adapterops.files.output import MAIN, PROVENANCE_KEY
 from adapterops.files.source import file_header
+from adapterops.formats import mlx
 from adapterops.provenance import Provenance
 
 
@@ -79,7 +80,10 @@ def recorded(output: str | os.PathLike[str]) -> Any:
     It is in the header of a weights file (for a directory, of its main file) and among the metadata
     of a picture.
     """
-    path = os.path.join(output, MAIN) if os.path.isdir(output) else os.fspath(output)
+    path = os.fspath(output)
+    if os.path.isdir(output):
+        found = (os.path.join(output, name) for name in (MAIN, mlx.WEIGHTS))
+        path = next(filter(os.path.exists, found), path)
     try:
         if path.lower().endswith((".svg", ".png")):
             text = pictures.description(path)

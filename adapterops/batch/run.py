@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 from adapterops.batch import workers
 from adapterops.batch.search import Item
+from adapterops.batch.workers import CHUNK
 from adapterops.errors import AdapterOpsError, FileError, Interrupted, MemoryLimitError
 from adapterops.stream import available_threads
 
 R = TypeVar("R")
 Progress = Callable[[str, int, int], None]
 
-_FEW = 300  # up to so many items, starting processes costs more than they save
+_FEW = 300  # up to so many items of a millisecond, starting processes costs more than they save
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,16 @@ class Outcome:
         return max((error.exit_code for _, error in self.failed), default=0)
 
 
+def width_for(count: int, jobs: int | None = None, *, few: int = _FEW, chunk: int = CHUNK) -> int:
+    """How many processes share `count` items, `chunk` of them at a time; 1 is this process alone.
+
+    `jobs` is the most, by default one per available processor. Up to `few` items are done here.
+    """
+    if count <= few or not workers.available():
+        return 1
+    return min(jobs or available_threads(), -(-count // chunk))
+
+
 def run_many(
     items: Sequence[Item],
     work: Callable[[Item], R],
@@ -42,23 +53,26 @@ def run_many(
     what: str = "adapters",
     jobs: int | None = None,
     processes: bool = True,
+    few: int = _FEW,
+    chunk: int = CHUNK,
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Outcome:
     """`work(item)` for every item; results and errors are handed over in the items' order.
 
-    With `processes`, and above some hundreds of items, `work` runs in `jobs` processes (default:
-    one per available processor); it and its results must pickle then. Otherwise it runs here, one
-    item after the other, and may use threads of its own.
+    With `processes`, and above `few` items, `work` runs in `jobs` processes (`width_for`), `chunk`
+    items at a time; it and its results must pickle then. Otherwise it runs here, one item after the
+    other, and may use threads of its own.
 
     Whatever `work` raises becomes an AdapterOpsError with the item's path, given to `on_error`;
     `strict` raises the first instead and starts nothing more. Ctrl-C and SIGTERM, wherever they
-    arrive, end the processes at once.
+    arrive, end the processes at once; what they had staged is removed.
     """
     attempt = partial(_attempt, work)
-    width = min(jobs or available_threads(), -(-len(items) // workers.CHUNK))
-    parallel = processes and width > 1 and len(items) > _FEW and workers.available()
-    results = workers.ordered_map(attempt, items, width) if parallel else _here(attempt, items)
+    width = width_for(len(items), jobs, few=few, chunk=chunk) if processes else 1
+    results = (
+        workers.ordered_map(attempt, items, width, chunk) if width > 1 else _here(attempt, items)
+    )
     done, failed = 0, []
     with closing(results):
         for index, (item, result) in enumerate(zip(items, results, strict=True)):

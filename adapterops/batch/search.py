@@ -39,6 +39,19 @@ class Item:
         return self.path
 
 
+def is_one(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names an adapter (or nothing) rather than a directory to search for some."""
+    try:
+        return _is_adapter(os.listdir(path))
+    except OSError:  # a file, or nothing that could be searched
+        return True
+
+
+def _is_adapter(names: Iterable[str]) -> bool:
+    """Whether a directory with these names in it is one adapter."""
+    return any(name in _MARKS or _MARK.match(name) for name in names)
+
+
 def find(
     paths: Iterable[str | os.PathLike[str]],
     from_file: str | None = None,
@@ -135,7 +148,7 @@ class _Search:
             except OSError:
                 yield item, real  # opening it reports why
                 continue
-            if any(entry.name in _MARKS or _MARK.match(entry.name) for entry in inside):
+            if _is_adapter(entry.name for entry in inside):
                 yield item, real
             else:
                 waiting += self._below(name, real, inside)

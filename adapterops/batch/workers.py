@@ -12,17 +12,20 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
-from adapterops.errors import AdapterOpsError, MemoryLimitError
+from adapterops.errors import AdapterOpsError, Interrupted, MemoryLimitError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 CHUNK = 32
+_GRACE = 5.0  # seconds a worker has to remove what it was writing
 _START = "import sys; sys.path[:] = {}; from adapterops.batch.workers import serve; serve()"
 
 
@@ -31,13 +34,16 @@ def available() -> bool:
     return bool(sys.executable)
 
 
-def ordered_map(work: Callable[[T], R], items: Sequence[T], width: int) -> Generator[R, None, None]:
-    """`work(item)` for every item, in order, computed by `width` processes, 32 items at a time.
+def ordered_map(
+    work: Callable[[T], R], items: Sequence[T], width: int, size: int = CHUNK
+) -> Generator[R, None, None]:
+    """`work(item)` for every item, in order, computed by `width` processes, `size` items at a time.
 
-    `work`, items and results must pickle; `work` must not raise. Closing the generator, or an
-    exception while it waits, kills the processes at once. Raises AdapterOpsError where one died.
+    `work`, items and results must pickle; `work` must raise nothing but Interrupted. Closing the
+    generator, or an exception while it waits, ends the processes at once: they are sent SIGTERM,
+    which raises Interrupted in `work`. Raises AdapterOpsError where one died.
     """
-    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+    chunks = [items[start : start + size] for start in range(0, len(items), size)]
     todo = iter(enumerate(chunks))
     done: dict[int, list[R]] = {}
     workers: list[_Worker] = []
@@ -60,7 +66,10 @@ def ordered_map(work: Callable[[T], R], items: Sequence[T], width: int) -> Gener
                 yield from done.pop(position)
         finally:
             for each in workers:
-                each.kill()
+                each.stop()
+            deadline = time.monotonic() + _GRACE
+            for each in workers:
+                each.end(deadline)
 
 
 class _Worker:
@@ -79,7 +88,7 @@ class _Worker:
             ) from None
         assert self._process.stdin and self._process.stdout
         self._to, self._from = self._process.stdin, self._process.stdout
-        self._first: Any = None
+        self._chunk: Sequence[Any] = ()
 
     def fileno(self) -> int:
         """Readable when the results come."""
@@ -87,7 +96,7 @@ class _Worker:
 
     def send(self, work: Callable[[T], R], chunk: Sequence[T]) -> None:
         """Give it the next chunk; it must be idle, so that it reads."""
-        self._first = chunk[0]
+        self._chunk = chunk
         with suppress(BrokenPipeError):  # it died: `receive` says so
             pickle.dump((work, chunk), self._to, pickle.HIGHEST_PROTOCOL)
             self._to.flush()
@@ -99,16 +108,24 @@ class _Worker:
         except (EOFError, pickle.UnpicklingError):
             code = self._process.wait()
             raise AdapterOpsError(
-                f"a worker process died (exit code {code}) on {self._first} or one of the "
-                f"{CHUNK - 1} after it",
+                f"a worker process died (exit code {code}) on {self._chunk[0]} or one of the "
+                f"{len(self._chunk) - 1} after it",
                 hint="was it out of memory? run with -j 1",
             ) from None
         return results
 
-    def kill(self) -> None:
-        """End it at once; whatever it was computing is lost."""
-        self._process.kill()
-        self._process.wait()
+    def stop(self) -> None:
+        """Tell it to stop; whatever it was computing is lost."""
+        self._process.terminate()
+
+    def end(self, deadline: float) -> None:
+        """Wait for it to stop, but no longer than until `deadline`."""
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(max(deadline - time.monotonic(), 0.0))
+        finally:
+            self._process.kill()
+            self._process.wait()
         for stream in (self._to, self._from):
             with suppress(OSError):  # what was not sent cannot be flushed
                 stream.close()
@@ -117,6 +134,19 @@ class _Worker:
 def serve() -> None:
     """A worker's life: chunks from stdin, results to stdout, until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        _serve()
+    except Interrupted:
+        os._exit(Interrupted.exit_code)  # without waiting for threads at work
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: it has to tidy up
+    raise Interrupted("stopped")
+
+
+def _serve() -> None:
     with os.fdopen(os.dup(1), "wb") as results, suppress(BrokenPipeError, EOFError):
         os.dup2(2, 1)  # what anything prints must not end up among the results
         while True:

@@ -18,6 +18,9 @@ from adapterops.errors import AdapterOpsError, FileError, Interrupted, MemoryLim
 
 COMMANDS = {
     "merge": "adapterops.cli.merge",
+    "compress": "adapterops.cli.compress",
+    "convert": "adapterops.cli.convert",
+    "extract": "adapterops.cli.extract",
     "diff": "adapterops.cli.diff",
     "inspect": "adapterops.cli.inspect",
     "check": "adapterops.cli.check",

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from adapterops.cli.options import parse_alphas, rank_options, run_options
-from adapterops.errors import FileError, UsageError
-
-if TYPE_CHECKING:
-    from adapterops.certificate import PlanReport, Report
+from adapterops.cli import talk
+from adapterops.cli.options import adapter_options, parse_alphas, rank_options, run_options
+from adapterops.errors import UsageError
 
 DEFAULT_OUTPUT = "merged"
-_RANK_OPTIONS = ("-r", "--rank", "--energy", "--max-error", "--size")
 
 
 @click.command("merge")
@@ -26,27 +20,7 @@ _RANK_OPTIONS = ("-r", "--rank", "--energy", "--max-error", "--size")
 @click.option("-o", "--output", metavar="PATH", help="Default: merged/ or merged.safetensors here.")
 @rank_options
 @click.option("--normalize", is_flag=True, help="Divide the weights by their sum.")
-@click.option("--modules", metavar="REGEX", help="Only modules whose whole path matches.")
-@click.option(
-    "--extras",
-    default="error",
-    show_default=True,
-    type=click.Choice(["error", "first", "average", "drop"]),
-    help="Heads, biases and token rows on which the inputs disagree.",
-)
-@click.option(
-    "--dtype",
-    default="keep",
-    show_default=True,
-    metavar="TYPE",
-    help="keep (the first input's), float32, bfloat16 or float16.",
-)
-@click.option(
-    "--to",
-    type=click.Choice(["peft", "kohya", "diffusers", "mlx"]),
-    help="Dialect to write; default the first input's.",
-)
-@click.option("--alpha", multiple=True, metavar="X|PATH=X", help="For inputs that lack a scale.")
+@adapter_options
 @run_options
 def command(
     adapters: tuple[str, ...],
@@ -88,25 +62,13 @@ def command(
             **options,
         )
     for warning in report.warnings:
-        click.echo(f"warning: {warning}", err=True)
-    try:
-        _show(report, as_json, quiet, verbose)
-    except BrokenPipeError:  # whoever read the report has seen enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        raise FileError(
-            f"the result is complete, but its report cannot be printed: {error.strerror}",
-            path=report.output,
-        ) from None
-
-
-def _show(report: Report | PlanReport, as_json: bool, quiet: bool, verbose: bool) -> None:
+        talk.warn(warning)
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
+        talk.result(talk.document(report.to_dict()), report.output)
     elif not quiet:
-        from adapterops.render.tables import print_merge
+        from adapterops.render.tables import page
 
-        print_merge(report, verbose=verbose, command=_command)
+        talk.result(page(report, verbose=verbose, command=_command), report.output)
 
 
 def _split(
@@ -140,14 +102,4 @@ def _is_number(text: str) -> bool:
 
 
 def _command(rank: int) -> str:
-    """This command line with another rank, ready to run: it replaces what was just written."""
-    kept: list[str] = []
-    arguments = iter(sys.argv[sys.argv.index("merge") + 1 :])
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        if name in _RANK_OPTIONS:
-            if "=" not in argument:
-                next(arguments, None)
-        elif argument not in ("--dry-run", "--overwrite") and not argument.startswith("-r"):
-            kept.append(argument)
-    return shlex.join(["adapterops", "merge", "--rank", str(rank), "--overwrite", *kept])
+    return talk.with_rank("merge", rank)

@@ -28,11 +28,33 @@ class Rank(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
             self.fail(f"{value!r} is neither a whole number nor 'same'", param, ctx)
 
 
+def _all(command: Command, *options: Command) -> Command:
+    """The command with these options, which `--help` lists in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def rank_options(command: Command) -> Command:
     """How the rank of the output is chosen."""
-    for option in (
+    return _all(
+        command,
         click.option(
-            "--size", metavar="SIZE", help="Largest rank whose file fits, e.g. 20MB (10⁶)."
+            "-r", "--rank", type=Rank(), help="Rank of the output; same: the largest input's."
+        ),
+        target_options,
+    )
+
+
+def target_options(command: Command) -> Command:
+    """What the rank of the output may be chosen by."""
+    return _all(
+        command,
+        click.option(
+            "--energy",
+            type=float,
+            metavar="E",
+            help="Smallest rank that keeps this share of Σσ² (0.99 means an error of 0.1).",
         ),
         click.option(
             "--max-error",
@@ -41,39 +63,157 @@ def rank_options(command: Command) -> Command:
             help="Smallest rank whose relative error, as written, is at most X.",
         ),
         click.option(
-            "--energy",
+            "--size", metavar="SIZE", help="Largest rank whose file fits, e.g. 20MB (10⁶)."
+        ),
+    )
+
+
+def allocation_options(command: Command) -> Command:
+    """More ways to choose ranks, and what lets modules differ in theirs."""
+    return _all(
+        command,
+        click.option(
+            "--ratio",
             type=float,
-            metavar="E",
-            help="Smallest rank that keeps this share of Σσ² (0.99 means an error of 0.1).",
+            metavar="X",
+            help="Largest rank with this share of the parameters.",
         ),
         click.option(
-            "-r", "--rank", type=Rank(), help="Rank of the output; same: the largest input's."
+            "--sv-ratio",
+            "--sv_ratio",
+            type=float,
+            metavar="X",
+            help="sd-scripts' rule, by module: keep σ > σ₁/X.",
         ),
-    ):
-        command = option(command)
-    return command
+        click.option(
+            "--sv-fro",
+            "--sv_fro",
+            type=float,
+            metavar="X",
+            help="sd-scripts' rule, by module: the fewest with Σσ² ≥ X²·total.",
+        ),
+        click.option(
+            "--sv-cumulative",
+            "--sv_cumulative",
+            type=float,
+            metavar="X",
+            help="sd-scripts' rule, by module: the fewest with Σσ ≥ X·total.",
+        ),
+        click.option(
+            "--allocate",
+            default="uniform",
+            show_default=True,
+            type=click.Choice(["uniform", "global"]),
+            help="One rank for all modules, or ranks where they save most error per parameter.",
+        ),
+        click.option("--ragged", is_flag=True, help="Apply the target to each module by itself."),
+        click.option("--min-rank", type=int, metavar="N", help="Least rank of every module."),
+        max_rank_option(),
+    )
+
+
+def max_rank_option(default: int | None = None) -> Command:
+    """The largest rank that any module may have."""
+    return click.option(
+        "--max-rank",
+        type=int,
+        metavar="N",
+        default=default,
+        show_default=default is not None,
+        help="Largest rank of every module.",
+    )
+
+
+def form_option(command: Command) -> Command:
+    """How the factors of a product are chosen."""
+    return click.option(
+        "--form",
+        default="balanced",
+        show_default=True,
+        type=click.Choice(["balanced", "svd", "orthonormal-a", "orthonormal-b"]),
+        help="Factors: of equal norms; U√Σ, √ΣVᵀ; UΣ, Vᵀ; U, ΣVᵀ.",
+    )(command)
+
+
+def scaling_option(default: str) -> Command:
+    """Where the scale of the output stands."""
+    return click.option(
+        "--scaling",
+        default=default,
+        show_default=True,
+        type=click.Choice(["folded", "keep", "rslora"]),
+        help="alpha = rank; the adapter's own scale; or alpha / √rank.",
+    )
+
+
+_PICKLE = click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Dangerous: read .bin/.pt files (weights_only, never code).",
+)
+_ALPHA = click.option(
+    "--alpha", multiple=True, metavar="X|PATH=X", help="For inputs that lack a scale."
+)
+
+
+def file_options(command: Command) -> Command:
+    """What is written, and as what."""
+    return _all(
+        command,
+        click.option("--modules", metavar="REGEX", help="Only modules whose whole path matches."),
+        click.option(
+            "--dtype",
+            default="keep",
+            show_default=True,
+            metavar="TYPE",
+            help="keep (the first input's), float32, bfloat16 or float16.",
+        ),
+        click.option(
+            "--to",
+            type=click.Choice(["peft", "kohya", "diffusers", "mlx"]),
+            help="Dialect to write; default the first input's.",
+        ),
+    )
+
+
+def adapter_options(command: Command) -> Command:
+    """`file_options`, and how adapters are read: extras, missing scales, pickles."""
+    return _all(
+        command,
+        file_options,
+        click.option(
+            "--extras",
+            default="error",
+            show_default=True,
+            type=click.Choice(["error", "first", "average", "drop"]),
+            help="Heads, biases and token rows on which the inputs disagree.",
+        ),
+        _ALPHA,
+        _PICKLE,
+    )
+
+
+def from_option(command: Command) -> Command:
+    """A list of inputs."""
+    return click.option(
+        "--from",
+        "from_file",
+        metavar="FILE",
+        help="Also the paths in this file, one a line; - is stdin.",
+    )(command)
 
 
 def run_options(command: Command) -> Command:
     """Where and how a command runs and talks."""
     for option in (
-        click.option(
-            "--allow-pickle",
-            is_flag=True,
-            help="Dangerous: read .bin/.pt files (weights_only, never code).",
-        ),
-        click.option(
-            "--overwrite",
-            is_flag=True,
-            help="Replace an existing output.",
-        ),
+        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
         click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
         click.option("--strict", is_flag=True, help="Turn warnings into errors."),
         click.option("--no-progress", is_flag=True, help="No progress on stderr."),
         click.option("-v", "--verbose", is_flag=True, help="One line per module."),
         click.option("-q", "--quiet", is_flag=True, help="Print nothing but warnings and errors."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
-        click.option("-j", "--jobs", type=int, metavar="N", help="Worker threads."),
+        click.option("-j", "--jobs", type=int, metavar="N", help="Workers: threads, or processes."),
         click.option("--memory", metavar="SIZE", help="Bytes in flight, e.g. 2GB."),
         click.option(
             "--device",
@@ -90,11 +230,7 @@ def run_options(command: Command) -> Command:
 def input_options(command: Command) -> Command:
     """What the commands share that look at many adapters one by one."""
     for option in (
-        click.option(
-            "--allow-pickle",
-            is_flag=True,
-            help="Dangerous: read .bin/.pt files (weights_only, never code).",
-        ),
+        _PICKLE,
         click.option("--strict", is_flag=True, help="Stop at the first error or warning."),
         click.option("--no-progress", is_flag=True, help="No progress on stderr."),
         click.option("-v", "--verbose", is_flag=True, help="One line (in JSON: entry) per module."),
@@ -102,15 +238,8 @@ def input_options(command: Command) -> Command:
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
         click.option("-j", "--jobs", type=int, metavar="N", help="Workers."),
         click.option("--memory", metavar="SIZE", help="Bytes in flight, e.g. 2GB."),
-        click.option(
-            "--alpha", multiple=True, metavar="X|PATH=X", help="For inputs that lack a scale."
-        ),
-        click.option(
-            "--from",
-            "from_file",
-            metavar="FILE",
-            help="Also the paths in this file, one a line; - is stdin.",
-        ),
+        _ALPHA,
+        from_option,
     ):
         command = option(command)
     return command

@@ -26,7 +26,7 @@ from adapterops.formats.locate import (
 from adapterops.formats.model import AdapterFile, Ref, Site
 from adapterops.formats.names import factored_weight
 from adapterops.formats.scale import ScaleFinder
-from adapterops.formats.sites import make_sites
+from adapterops.formats.sites import check_magnitudes, make_sites
 
 
 def open_adapter_file(
@@ -65,7 +65,7 @@ def read_adapter(
     config, embedded = _configs(place, metadata)
     heads = [str(name) for name in peft.listed(config or embedded, "modules_to_save")]
     tensors = group(refs, place.weights, heads)
-    problems = tensors.problems
+    problems, relative = tensors.problems, []
     dialects = {
         stem: dialect_of(stem, module.spelling, config) for stem, module in tensors.groups.items()
     }
@@ -74,13 +74,16 @@ def read_adapter(
         config, shared = {}, False  # of another file in the same folder
     for text, where in ((config, place.config), (embedded, place.weights)):
         for part in diffusers.components(text) if text else ():
-            problems += _collected(
-                peft.check_supported, diffusers.component_config(text, part), where
-            )
+            own = diffusers.component_config(text, part)
+            problems += _collected(peft.check_supported, own, where)
+            relative += _collected(peft.check_unmoved, own, where)
+    problems += relative
     if not refs or not (tensors.groups or tensors.deltas or problems):
         raise not_an_adapter(refs, place.weights)
     sites, wrong = make_sites(tensors.groups, dialects, config or embedded, place.weights)
-    problems += wrong
+    dora = _collected(check_magnitudes, sites, place.weights)
+    relative += dora
+    problems += wrong + dora
     problems += unclaimed(tensors, dialects, place.weights)
     problems += _doubled(sites, tensors.deltas, place.weights)
     finder = ScaleFinder(os.fspath(path), metadata, alpha, alpha_wins)
@@ -115,6 +118,7 @@ def read_adapter(
         config_file=config_file,
         side_files=place.side_files,
         problems=tuple(problems),
+        relative=tuple(relative),
     )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -99,31 +100,34 @@ def component_config(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     }
 
 
-def write_config(modules: Sequence[str], rank: int, *, bias: bool) -> str | None:
-    """`lora_adapter_metadata` for an output of uniform rank and scale 1, per component.
+def write_config(ranks: Mapping[str, int], *, bias: bool) -> str | None:
+    """`lora_adapter_metadata` for an output of scale 1, per component: module -> rank.
 
-    None if a module names no component: loaders find no part for it and take PEFT's defaults,
-    whereas without any config they take alpha = rank.
+    Ranks other than the commonest become exact, anchored patterns. None if a module names no
+    component: loaders find no part for it and take PEFT's defaults, whereas without any config they
+    take alpha = rank.
     """
-    if not all(component(stem) for stem in modules):
+    if not all(component(stem) for stem in ranks):
         return None
-    parts: dict[str, list[str]] = {}
-    for stem in modules:
-        parts.setdefault(component(stem), []).append(stem)
+    parts: dict[str, dict[str, int]] = {}
+    for stem, rank in ranks.items():
+        part = component(stem)
+        name = stem.removeprefix(f"{part}.").removeprefix(_TEXT_MODEL)
+        parts.setdefault(part, {})[name] = rank
     config: dict[str, Any] = {}
-    for part, stems in parts.items():
-        prefix = f"{part}."
-        names = (stem.removeprefix(prefix).removeprefix(_TEXT_MODEL) for stem in stems)
+    for part, sizes in parts.items():
+        common = Counter(sizes.values()).most_common(1)[0][0]
+        others = {f"^{re.escape(n)}": r for n, r in sorted(sizes.items()) if r != common}
         values: dict[str, Any] = {
-            "r": rank,
-            "lora_alpha": rank,
+            "r": common,
+            "lora_alpha": common,
             "lora_dropout": 0.0,
             "use_rslora": False,
-            "rank_pattern": {},
-            "alpha_pattern": {},
-            "target_modules": sorted(names),
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "target_modules": sorted(sizes),
         }
         if bias:
             values["lora_bias"] = True
-        config.update({prefix + key: value for key, value in values.items()})
+        config.update({f"{part}.{key}": value for key, value in values.items()})
     return json.dumps(config, sort_keys=True)

@@ -13,17 +13,19 @@ Entries of an expansion are products of two stored numbers, which float64 holds 
 - lokr: ΔW = W1 ⊗ W2 (LyCORIS, arXiv 2309.14859, §3.3); (L1·R1) ⊗ (L2·R2) = (L1⊗L2)·(R1⊗R2).
 - adalora: ΔW = B·diag(E)·A (arXiv 2303.10512, eq. 3).
 - merged_linear: loralib's fused projections, block-diagonal, slots that were not trained are zero.
+- pissa, olora: a lora relative to a base that its initialisation changed (`inits`): 2r columns.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapterops import linalg
 from adapterops.arrays import Array, namespace
 from adapterops.errors import FormatError, UnsupportedError
+from adapterops.formats import inits
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -47,11 +49,14 @@ class Kind:
     """The sets of roles that make a module of this kind, and its two functions.
 
     Both also take which slots of a fused projection were trained (merged_linear; else empty).
+    `start` is for kinds that are relative to a changed base: from the base's weight, the rank and
+    the scale it makes the factors that training started from.
     """
 
     forms: tuple[frozenset[str], ...]
     measure: Callable[[Shapes, Sequence[bool]], Measure]
     expand: Callable[[Mapping[str, Array], Sequence[bool]], tuple[Array, Array]]
+    start: Callable[[inits.Matrix, int, float], tuple[inits.Matrix, inits.Matrix]] | None = None
 
 
 def kind_of(roles: frozenset[str]) -> str | None:
@@ -83,6 +88,11 @@ def _measure_lora(shapes: Shapes, enabled: Sequence[bool]) -> Measure:
 def _expand_lora(v: Mapping[str, Array], enabled: Sequence[bool]) -> tuple[Array, Array]:
     B, A = v["B"], v["A"]
     return B.reshape(B.shape[0], B.shape[1]), _flat(A)
+
+
+def _measure_started(shapes: Shapes, enabled: Sequence[bool]) -> Measure:
+    plain = _measure_lora(shapes, enabled)
+    return replace(plain, rank=2 * plain.rank)
 
 
 def _measure_tucker(shapes: Shapes, enabled: Sequence[bool]) -> Measure:
@@ -264,4 +274,7 @@ KINDS: Mapping[str, Kind] = {
     "adalora": Kind((frozenset("ABE"),), _measure_adalora, _expand_adalora),
     # The roles of a lora: what tells them apart is enable_lora in the config.
     "merged_linear": Kind((), _measure_merged_linear, _expand_merged_linear),
+    # Also a lora's: init_lora_weights in the config tells, and the base must be at hand.
+    "pissa": Kind((), _measure_started, _expand_lora, inits.pissa),
+    "olora": Kind((), _measure_started, _expand_lora, inits.olora),
 }

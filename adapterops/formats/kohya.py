@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from adapterops.files.header import Entry, encode_header
 
@@ -66,17 +66,23 @@ def carried_metadata(inputs: Sequence[Mapping[str, str]]) -> tuple[dict[str, str
     return first, differ
 
 
-def rewritten(metadata: Mapping[str, str], rank: int) -> dict[str, str]:
-    """Metadata with dim and alpha of the output, also where the options repeat them."""
-    result = {**metadata, "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
+def rewritten(metadata: Mapping[str, str], sizes: Collection[tuple[int, float]]) -> dict[str, str]:
+    """Metadata with dim and alpha of the output, also where the options repeat them.
+
+    `sizes` are the (rank, alpha) of its modules. Where they differ sd-scripts writes "Dynamic".
+    """
+    ranks, alphas = {rank for rank, _ in sizes}, {alpha for _, alpha in sizes}
+    dim = str(max(ranks)) if len(ranks) == 1 else "Dynamic"
+    alpha = str(float(max(alphas))) if len(alphas) == 1 else "Dynamic"
+    result = {**metadata, "ss_network_dim": dim, "ss_network_alpha": alpha}
     try:
         arguments = json.loads(metadata["ss_network_args"])
     except (KeyError, ValueError):
         return result
     if isinstance(arguments, dict):
-        for name in ("conv_dim", "conv_alpha"):
+        for name, value in (("conv_dim", dim), ("conv_alpha", alpha)):
             if name in arguments:
-                arguments[name] = str(rank)
+                arguments[name] = value.removesuffix(".0")
         result["ss_network_args"] = json.dumps(arguments)
     return result
 

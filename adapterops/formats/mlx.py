@@ -45,9 +45,13 @@ def names(module: str) -> dict[str, str]:
 
 
 def write_config(
-    configs: Sequence[Mapping[str, Any]], base: str | None, modules: Sequence[str], rank: int
+    configs: Sequence[Mapping[str, Any]],
+    base: str | None,
+    modules: Sequence[str],
+    rank: int,
+    scale: float,
 ) -> dict[str, Any]:
-    """A config that mlx-lm's `load_adapters` reads: one rank, scale 1, the modules by short name.
+    """A config that mlx-lm's `load_adapters` reads: one rank and scale, modules by short name.
 
     mlx-lm adapts the last `num_layers` layers, all for -1; modules there that the file lacks stay
     without effect.
@@ -60,7 +64,7 @@ def write_config(
         "num_layers": layers if isinstance(layers, int) else -1,
         "lora_parameters": {
             "rank": rank,
-            "scale": 1.0,
+            "scale": scale,
             "dropout": 0.0,
             "keys": sorted({_key(module) for module in modules}),
         },

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from adapterops import casts
-from adapterops.arrays import Array, put
+from adapterops.arrays import Array, like, namespace, put
 from adapterops.errors import AdapterOpsError, NumericsError, UnsupportedError
 from adapterops.files.source import Source
 from adapterops.formats.kinds import KINDS
@@ -95,6 +95,7 @@ class Site:
     scale_from: str = ""
     alpha: float | None = None
     alpha_given: bool = False
+    inner: Site | None = None
 
     def scaled(self, scale: float, alpha: float | None, origin: str) -> Site:
         """The module with its scale; written out, for `replace` takes three times as long."""
@@ -120,8 +121,9 @@ class Site:
 
     @property
     def dtype(self) -> str:
-        """The widest type of its factors."""
+        """The widest type of its factors; of a dense change, of all that it is made from."""
         names = {ref.dtype for role, ref in self.parts.items() if role in _FACTOR_ROLES}
+        names = names or {ref.dtype for ref in self.parts.values()}
         return max(names, key=lambda name: (_width(name), name))
 
     def factors(self, device: str = "cpu", raw: Read = Ref.raw) -> tuple[Array, Array]:
@@ -137,7 +139,19 @@ class Site:
         }
         for role, array in values.items():
             self._check_finite(role, array)
-        return KINDS[self.kind].expand(values, self.enabled)
+        kind = KINDS[self.kind]
+        B, A = kind.expand(values, self.enabled)
+        if kind.start is None:
+            return B, A
+        W = self.parts["base"].read("cpu", raw)
+        self._check_finite("base", W)
+        try:
+            start_b, start_a = kind.start(W, self.dim, self.scale)
+        except NumericsError as error:
+            error.path, error.module = self.parts["base"].source.path, self.stem
+            raise
+        xp = namespace(B)
+        return xp.concat([B, like(-start_b, B)], -1), xp.concat([A, like(start_a, A)], 0)
 
     def factors_into(
         self, B: np.ndarray[Any, Any], A: np.ndarray[Any, Any], raw: Read = Ref.raw
@@ -187,7 +201,9 @@ class AdapterFile:
     `extras` are absolute tensors that travel along (heads, biases, token rows), `deltas` are dense
     changes of single parameters (`.diff`), `tensors` all of the file, by full name. `dialect` is
     "mixed" where its modules are in several. `style` is the dialect's own note of how names were
-    spelled. `notes` are warnings; `problems` are why its sum with others cannot be computed.
+    spelled. `notes` are warnings; `problems` are why its sum with others cannot be computed, and
+    `relative` are those of them that end where the base model is given. One that is made from
+    base models has their weights' `files`, and an `identity` in place of a hash of gigabytes.
     """
 
     path: str
@@ -206,6 +222,22 @@ class AdapterFile:
     config_file: str | None = None
     side_files: tuple[str, ...] = ()
     problems: tuple[AdapterOpsError, ...] = ()
+    relative: tuple[AdapterOpsError, ...] = ()
+    identity: str = ""
+    files: tuple[str, ...] = ()
+
+    @property
+    def weights_files(self) -> tuple[str, ...]:
+        """The files that hold its numbers: its own, or those of the models it is made from."""
+        return self.files or (self.weights_file,)
+
+    @property
+    def sources(self) -> list[Source]:
+        """Every file that its sites, deltas and extras are read from, its own first."""
+        refs = [ref for site in self.sites.values() for ref in site.parts.values()]
+        refs += [*self.deltas.values(), *self.extras.values()]
+        found = {id(source): source for source in (self.source, *(ref.source for ref in refs))}
+        return list(found.values())
 
     @property
     def dtype(self) -> str:

@@ -22,9 +22,9 @@ BIASES = ("none", "lora_only", "all")  # values of `bias`, each trains what thos
 
 # Initialisations whose tensors are relative to a changed base; the others leave the base alone.
 _MOVED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+WITH_BASE = "convert it to a LoRA beside its base model (convert --base)"
 _LISTS = ("modules_to_save", "target_parameters", "enable_lora")
 _REFUSED_FIELDS = {
-    "use_dora": ("DoRA", "bake it into the base and extract a LoRA from the result"),
     "alora_invocation_tokens": (
         "aLoRA",
         "it applies to part of the tokens only; serve it as it is",
@@ -66,7 +66,7 @@ def read_config(text: bytes | str, path: str) -> dict[str, Any]:
 
 
 def check_supported(config: Mapping[str, Any], path: str) -> None:
-    """Raise UnsupportedError for a config whose adapter is not B·A on an unchanged base."""
+    """Raise UnsupportedError for a config whose adapter has no low-rank delta, on no base."""
     kind = str(config.get("peft_type") or "LORA").upper()
     if kind not in KINDS:
         raise UnsupportedError(
@@ -83,14 +83,28 @@ def check_supported(config: Mapping[str, Any], path: str) -> None:
             raise UnsupportedError(
                 f"this is {what} ({name} is set), not a plain LoRA; {way}", path=path
             )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_MOVED_BASE):
+
+
+def check_unmoved(config: Mapping[str, Any], path: str) -> None:
+    """Raise UnsupportedError for a config whose delta follows from the base's weights alone."""
+    if config.get("use_dora"):
+        raise UnsupportedError(
+            f"this is DoRA (use_dora is set), not a plain LoRA; {WITH_BASE}", path=path
+        )
+    init = moved_base(config)
+    if init:
         raise UnsupportedError(
             f"trained with init_lora_weights={init!r}: its tensors are relative to a base that the "
             "initialisation changed",
             path=path,
-            hint="convert it with PEFT's path_initial_model_for_weight_conversion first",
+            hint=WITH_BASE,
         )
+
+
+def moved_base(config: Mapping[str, Any]) -> str:
+    """The initialisation that changed the base, "" if none did."""
+    init = config.get("init_lora_weights")
+    return init if isinstance(init, str) and init.lower().startswith(_MOVED_BASE) else ""
 
 
 # Repetition of a repetition, such as (a+)+, is how a pattern is made to run for ever.

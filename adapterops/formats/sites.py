@@ -44,16 +44,18 @@ def make_sites(
                 text = "is named twice, in two spellings"
                 problems.append(FormatError(text, path=path, module=name))
             sites[site.stem] = site
+    return sites, problems
+
+
+def check_magnitudes(sites: Mapping[str, Site], path: str) -> None:
+    """Raise UnsupportedError where a module is DoRA by its tensors."""
     magnitudes = [s.parts["magnitude"].name for s in sites.values() if s.kind == DORA]
     if magnitudes:
-        problems.append(
-            UnsupportedError(
-                f"this is DoRA (tensor {magnitudes[0]!r}), which needs the base weight",
-                path=path,
-                hint="bake it into the base and extract a LoRA from the result",
-            )
+        raise UnsupportedError(
+            f"this is DoRA (tensor {magnitudes[0]!r}), which needs the base weight",
+            path=path,
+            hint=peft.WITH_BASE,
         )
-    return sites, problems
 
 
 def _levels(

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+import sys
+from collections.abc import Callable
 from typing import Any
 
 _TEXT = {"where", "missing", "kind", "dialect", "from", "number format", "σ"}
+_WIDTH = 140  # off a terminal nothing is gained by squeezing columns
+
+
+def drawn(draw: Callable[[Any], None]) -> str:
+    """What `draw` prints on the console it is given; colours only where stdout is a terminal."""
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    buffer = io.StringIO()
+    console = Console(
+        emoji=False,
+        file=buffer,
+        force_terminal=terminal,
+        highlight=False,
+        soft_wrap=True,
+        width=shutil.get_terminal_size().columns if terminal else _WIDTH,
+    )
+    draw(console)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip("\n").split("\n"))
 
 
 def printable(text: str) -> str:
@@ -24,6 +47,11 @@ def safe(text: str) -> str:
 def count(number: int, what: str) -> str:
     """The number with its noun: 1 module, 2,000 modules."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def megabytes(size: float) -> str:
+    """Bytes in units of 10⁶, with three digits or all before the point."""
+    return f"{size / 1e6:,.0f}" if size >= 1e9 else f"{size / 1e6:.3g}"
 
 
 def grid(title: str, *columns: str) -> Any:

@@ -162,7 +162,7 @@ def _selected(
 def _spectrum(file: AdapterFile, on: Compute, progress: Progress | None) -> SpectrumReport:
     """Singular values of every module's ΔW, by the kernels that `merge` uses."""
     plan = align([file], [1.0])
-    found = passes.spectra(plan, on, progress)
+    found = passes.spectra(plan, plan.bound, on, progress)
     file.source.check_unchanged()
     return report([module.stem for module in plan.modules], found)
 

@@ -1,0 +1,147 @@
+"""From a module of an adapter to the weight of a base model that it changes, by names.
+
+Adapters and checkpoints agree on a path from its first number on (`0.self_attn.q_proj`); what comes
+before may differ (`transformer.h` and `h`, `model.language_model.layers` and
+`language_model.model.layers`). Flat stems of kohya lost their dots, so the checkpoint's names are
+flattened instead and looked up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from adapterops.formats import Site
+
+_Head = tuple[str, ...]
+_NUMBERED_EXPERT = re.compile(r"(?P<block>.*)\.switch_mlp\.(?P<leaf>\w+)\[(?P<index>\d+)\]$")
+_EXPERT = re.compile(r"\[\d+\]$")
+# Prefixes of flat stems, the part of the model they mean, and how checkpoints call that part.
+_FLAT = (
+    (re.compile(r"(lora_unet_+|lora_transformer_|lycoris_)(unet_)?"), "denoiser"),
+    (re.compile(r"lora_te(?P<number>[123]?)_"), "text"),
+)
+_TEXT = re.compile(r"text_encoder|cond_stage_model|conditioner|text_encoders|clip|t5")
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """A checkpoint's module paths, ready to be looked up.
+
+    `heads` are what comes before the first number of a path, with what follows it; `flat` are paths
+    with underscores for dots, with and without leading words.
+    """
+
+    paths: frozenset[str]
+    heads: Mapping[_Head, frozenset[str]]
+    flat: Mapping[str, tuple[str, ...]]
+
+
+def index(paths: Iterable[str]) -> Names:
+    """The lookup tables of a checkpoint's module paths."""
+    heads: dict[_Head, set[str]] = defaultdict(set)
+    flat: dict[str, list[str]] = defaultdict(list)
+    known = frozenset(paths)
+    for path in known:
+        head, tail = _split(path)
+        heads[head].add(tail)
+        for start in range(len(head) + 1 if tail else len(head)):
+            flat["_".join((*head[start:], *tail.split(".")) if tail else head[start:])].append(path)
+    return Names(
+        known,
+        {head: frozenset(tails) for head, tails in heads.items()},
+        {name: tuple(sorted(found)) for name, found in flat.items()},
+    )
+
+
+def find(
+    sites: Mapping[str, Site], names: Names, fits: Callable[[Site, str], bool]
+) -> dict[str, str]:
+    """stem -> module path in the checkpoint, for the sites that have one.
+
+    `fits` says whether a site's ΔW has the shape of the weight at a path; it decides where several
+    names are there (experts adapted by two parameters).
+    """
+    found: dict[str, str] = {}
+    waiting: dict[_Head, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for stem, site in sites.items():
+        if site.dialect == "kohya":
+            path = _unflattened(stem, names)
+            if path:
+                found[stem] = path
+            continue
+        there = [path for path in _spellings(site) if path in names.paths]
+        if there:
+            found[stem] = next((path for path in there if fits(site, path)), there[0])
+            continue
+        for path in _spellings(site):
+            head, tail = _split(path)
+            waiting[head][tail].append(stem)  # experts share a tensor
+    for head, tails in waiting.items():
+        other = _renamed(head, list(tails), names)
+        if other is None:
+            continue
+        for tail, stems in tails.items():
+            if tail in names.heads[other]:
+                path = ".".join((*other, tail))
+                for stem in stems:
+                    found.setdefault(stem, path)
+    return found
+
+
+def _spellings(site: Site) -> list[str]:
+    """Paths under which a checkpoint may keep what a site changes."""
+    if site.owned:
+        return [f"{site.owner}.{name}" for name in site.meant]
+    single = _NUMBERED_EXPERT.match(site.stem)  # MLX stacks what others number
+    if single:
+        return [
+            f"{single['block']}.switch_mlp.{single['leaf']}",
+            f"{single['block']}.experts.{single['index']}.{single['leaf']}",
+        ]
+    plain = _EXPERT.sub("", site.stem).replace(".base_layer", "")
+    return [plain, f"{plain}.in_proj_weight"]  # the latter is MultiheadAttention's
+
+
+def _split(path: str) -> tuple[_Head, str]:
+    """The words before the first number of a path, or before its last word; the rest."""
+    parts = path.split(".")
+    first = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return tuple(parts[:first]), ".".join(parts[first:])
+
+
+def _renamed(head: _Head, tails: Sequence[str], names: Names) -> _Head | None:
+    """What the checkpoint has before its numbers where an adapter has `head`.
+
+    Longer by some words or shorter (a model with and without its task's head), else as many words
+    in common as possible; None where two are equally good.
+    """
+    candidates = [h for h, there in names.heads.items() if any(t in there for t in tails)]
+
+    def rank(other: _Head) -> tuple[int, bool, int]:
+        hits = sum(tail in names.heads[other] for tail in tails)
+        short, long = sorted((head, other), key=len)
+        return hits, long[len(long) - len(short) :] == short, len(set(head) & set(other))
+
+    best = sorted(candidates, key=rank, reverse=True)
+    if not best or (len(best) > 1 and rank(best[0]) == rank(best[1])):
+        return None
+    return best[0] if rank(best[0])[1] or rank(best[0])[2] else None
+
+
+def _unflattened(stem: str, names: Names) -> str | None:
+    """The one path that a flat stem stands for."""
+    for pattern, part in _FLAT:
+        found = pattern.match(stem)
+        if not found:
+            continue
+        paths = names.flat.get(stem[found.end() :], ())
+        mine = [p for p in paths if bool(_TEXT.match(p)) == (part == "text")] or list(paths)
+        number = found.groupdict().get("number")
+        if number and len(mine) > 1:
+            folder = "text_encoder" if number == "1" else f"text_encoder_{number}"
+            mine = [p for p in mine if p.startswith(f"{folder}.")]
+        return mine[0] if len(mine) == 1 else None
+    return None

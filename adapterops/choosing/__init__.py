@@ -1,0 +1,44 @@
+"""The output's ranks, from what the user asked for."""
+
+from __future__ import annotations
+
+from adapterops.choosing.allocated import allocated
+from adapterops.choosing.known import Choice, Known
+from adapterops.choosing.ragged import ragged
+from adapterops.choosing.uniform import uniform
+from adapterops.errors import UsageError
+from adapterops.plan import Plan
+from adapterops.ranks import Ranks
+
+__all__ = ["Choice", "Known", "check_size", "choose_ranks"]
+
+
+def check_size(plan: Plan, chosen: Ranks) -> None:
+    """Refuse a lossless result that would be larger than the dense deltas.
+
+    It concerns sums whose rank outgrows every input's, and kinds whose factors are larger than
+    what they were made from; a single plain LoRA is never refused.
+    """
+    plain = all(part.site.kind == "lora" for module in plan.modules for part in module.parts)
+    if chosen.target or not plan.modules or (plain and plan.bound <= plan.input_rank):
+        return
+    parameters = plan.parameters([plan.bound] * len(plan.modules))
+    if parameters >= plan.dense:
+        raise UsageError(
+            f"without a rank the result may need rank {plan.bound} and "
+            f"{parameters:,} numbers, the dense weight changes themselves have "
+            f"{plan.dense:,}",
+            hint="choose --rank N, --rank same or --energy E",
+        )
+
+
+def choose_ranks(chosen: Ranks, known: Known) -> Choice:
+    """The ranks that `chosen` means. Raises BudgetError where none will do."""
+    if not known.plan.modules:
+        return Choice(())
+    if chosen.allocate == "global":
+        return allocated(chosen, known)
+    if chosen.is_ragged:
+        return Choice(ragged(chosen, known))
+    rank = uniform(chosen, known)
+    return Choice((rank,) * len(known.plan.modules))

@@ -1,0 +1,104 @@
+"""One rank for all modules: engines and loaders pay for the largest anyway."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from adapterops import ranks
+from adapterops.choosing.known import Known, requested, shown, unmet
+from adapterops.errors import BudgetError
+from adapterops.ranks import Ranks
+
+
+def uniform(chosen: Ranks, known: Known) -> int:
+    """The uniform rank that the target means."""
+    plan, least = known.plan, chosen.floor or 1
+    if chosen.rank is not None:
+        return _legal(max(requested(chosen, plan), least), known, asked=True)
+    if chosen.ratio is not None:
+        per_rank = plan.parameters([1] * len(plan.modules))
+        most = int(chosen.ratio * plan.stored_parameters / per_rank * (1 + 1e-12))
+        return _largest(chosen, known, most, lambda k: k <= most, f"--ratio {chosen.ratio:g}")
+    full = max(ranks.lossless(known.spectra), least)
+    if chosen.size is not None:
+        allowed = chosen.size
+        count = len(plan.modules)
+        return _largest(
+            chosen,
+            known,
+            full,
+            lambda k: known.bytes_at([k] * count) <= allowed,
+            f"--size {chosen.size}",
+        )
+    tail = ranks.tails(known.spectra)
+    rank = full
+    if chosen.energy is not None:
+        rank = min(ranks.for_energy(tail, chosen.energy, known.whole), full)
+    elif chosen.max_error is not None and tail[0] > 0:
+        rank = _within(chosen.max_error, known, full)
+    rank = _legal(max(rank, least), known)
+    if chosen.ceiling is not None and rank > chosen.ceiling:
+        lost = float(tail[min(chosen.ceiling, len(tail) - 1)]) / known.whole
+        raise BudgetError(
+            f"{shown(chosen)} needs rank {rank}, --max-rank is {chosen.ceiling}: rank "
+            f"{chosen.ceiling} cuts off {lost:.3g}",
+            hint="raise --max-rank or allow a larger error",
+        )
+    return rank
+
+
+def _legal(rank: int, known: Known, *, asked: bool = False) -> int:
+    """The smallest legal rank from this one on; raises where there is none."""
+    found = known.legal(rank)
+    if found is not None:
+        return found
+    assert known.form is not None
+    raise known.form.beyond(rank, asked=asked)
+
+
+def _largest(
+    chosen: Ranks, known: Known, most: int, fits: Callable[[int], bool], asked: str
+) -> int:
+    """The largest legal rank up to the first that loses nothing whose file fits."""
+    limit = min(most, chosen.ceiling or most)
+    least = _legal(chosen.floor or 1, known)
+    if not fits(least):
+        plan = known.plan
+        few = [least] * len(plan.modules)
+        raise BudgetError(
+            f"{asked}: the smallest adapter of rank {least} has {plan.parameters(few):,} numbers "
+            f"in its factors and {known.bytes_at(few):,} bytes",
+            hint="leave modules out with --modules or choose a narrower --dtype"
+            + ("" if known.form else ", or let modules go with --allocate global"),
+        )
+    top = chosen.ceiling or math.inf
+    found = {k for k in map(known.legal, range(least, limit + 1)) if k and k <= top}
+    steps = sorted({least, *found})
+    low, high = 0, len(steps) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(steps[middle]) else (low, middle - 1)
+    return steps[low]
+
+
+def _within(max_error: float, known: Known, full: int) -> int:
+    """The smallest rank whose error as written, truncation and storage together, is allowed.
+
+    Truncation alone gives a lower bound; from there each rank is tried as it would be written.
+    """
+    tail, allowed = ranks.tails(known.spectra), max_error * known.whole
+    count = len(known.plan.modules)
+    rank = _legal(min(ranks.smallest(tail, allowed), full), known)
+    while True:
+        error = known.error_at([rank] * count)
+        if error <= allowed:
+            return rank
+        cut = float(tail[min(rank, len(tail) - 1)])
+        storage = math.sqrt(max(error * error - cut * cut, 0.0))
+        if rank >= full:
+            raise unmet(max_error, known, error, cut)
+        room = allowed**2 - storage**2
+        # At full rank columns are only scaled by powers of two, which may cost nothing at all.
+        likely = ranks.smallest(tail, room**0.5) if room > 0 else full
+        rank = _legal(min(max(rank + 1, likely), full), known)

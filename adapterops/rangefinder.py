@@ -1,0 +1,231 @@
+"""Nearly the best rank-k factors of what is too large to stack, or was never in factors.
+
+With thousands of columns a sum outgrows the dense matrix; the difference of two checkpoints is one.
+A randomised range finder with subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4)
+needs products with M and Mᵀ only. Its error is no estimate: for an orthonormal Q,
+‖M − [QQᵀM]_r‖² = ‖M‖² − Σ_{k≤r} σ_k(QᵀM)², an identity. What is not known is how far that is from
+the optimum; iteration goes on until the error stops falling.
+
+The identity resolves errors down to √u·‖M‖. Sums of factors are multiplied in float64. Dense
+changes are multiplied in float32, where it resolves them to a few hundredths; what is smaller is
+iterated on in float64. `measure` takes the figures of a certificate from M − B·A itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from adapterops.arrays import Array, host, like, namespace, put
+from adapterops.linalg import Matrix, Spectrum, Truncation, rank_floor, svd
+from adapterops.plan import Module
+from adapterops.sums import BLOCK_NUMBERS, CHUNK_COLUMNS, Sum, held, is_dense, squares, stack
+
+__all__ = ["LARGE", "Sum", "applies", "is_dense", "measure", "peak", "spectrum", "truncate"]
+
+LARGE = 1024
+_OVERSAMPLING = 48
+_SETTLED = 1e-4
+_MOST_PASSES = 10
+_DIRECT = 1e-6
+_SINGLE = 3e-2
+_RESOLVED = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A certificate's figures of one module, from rows of M in float64.
+
+    `cut` is ‖ΔW − B·A‖ of the factors before rounding, `total` that of the stored ones. `sizes` are
+    ‖cᵢDᵢ‖ and `inner` ⟨stored, cᵢDᵢ⟩ by part. `noise` is what rounding to the format of the inputs
+    puts into ΔW, `changed` how many of its numbers are not zero.
+    """
+
+    norm: float
+    cut: float
+    total: float
+    sizes: tuple[float, ...]
+    inner: tuple[float, ...]
+    noise: float
+    changed: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """Orthonormal bases (m, w) and (n, w) and the SVD of the core between them: QᵀM = U·σ·Vh·Pᵀ."""
+
+    basis: Array
+    right: Array
+    U: Matrix
+    values: Matrix
+    Vh: Matrix
+    tail: float
+
+
+def applies(module: Module, rank: int) -> bool:
+    """Whether a module has so many columns for so small a rank that streaming pays."""
+    return module.columns > LARGE and 4 * rank <= module.columns
+
+
+def peak(module: Module, rank: int) -> int:
+    """Bytes that `truncate`, `spectrum` and `measure` need at most."""
+    m, n = module.shape
+    numbers = m * n if held(module) else 0
+    bases = 8 * (rank + _OVERSAMPLING) * (m + n)
+    if is_dense(module):
+        return 4 * numbers + 8 * 5 * BLOCK_NUMBERS + 8 * bases
+    return 8 * (numbers + 2 * BLOCK_NUMBERS + 4 * CHUNK_COLUMNS * (m + n) + bases)
+
+
+def truncate(total: Sum, rank: int) -> Truncation:
+    """Nearly the best rank-k factors of a sum, with their exact error."""
+    m, n = total.shape
+    found = _captured(total, rank)
+    bound, norm = total.beta, total.norm
+    keep = min(rank, int((found.values > rank_floor(m, n, bound)).sum()))
+    root = np.sqrt(found.values[:keep])
+    left, lower = np.zeros((len(found.U), rank)), np.zeros((rank, found.Vh.shape[1]))
+    left[:, :keep], lower[:keep] = found.U[:, :keep] * root, root[:, None] * found.Vh[:keep]
+    basis, right = _double(found.basis), _double(found.right)
+    B, A = basis @ like(left, basis), like(lower, basis) @ right.mT
+    tail = found.tail
+    if not total.is_dense and tail <= _DIRECT * norm:
+        tail = _distance(total, B, A)
+    if total.transposed:
+        B, A = A.mT, B.mT
+    return Truncation(B, A, found.values[:keep], tail, norm, bound, "range")
+
+
+def spectrum(total: Sum, cap: int | None = None) -> Spectrum:
+    """Singular values of a sum, descending.
+
+    Of a dense change the first `cap`, and the norm of the rest; of a sum of factors, or where `cap`
+    is no small part of them, all, from the dense matrix.
+    """
+    m, n = total.shape
+    bound = total.beta
+    floor = rank_floor(m, n, bound)
+    rest = 0.0
+    if not total.is_dense or cap is None or 3 * (cap + _OVERSAMPLING) > min(m, n):
+        values = np.linalg.svd(host(total.rows(0, m)), compute_uv=False)
+        size = float(np.sqrt(values @ values))
+        if total.is_dense and cap is not None:
+            rest = float(np.linalg.norm(values[cap:]))
+            values = values[:cap]
+    else:
+        found = _captured(total, cap)
+        values, rest, size = found.values[:cap], found.tail, total.norm
+    rank = int((values > floor).sum())
+    columns = total.module.columns
+    return Spectrum(values, size, bound, floor, rank, columns, "range", rest)
+
+
+def _captured(total: Sum, rank: int) -> _Captured:
+    """Subspace iteration until the error at this rank stops falling."""
+    m, n = total.shape
+    width = min(rank + _OVERSAMPLING, m, n)
+    whole = width == min(m, n)
+    single = total.is_dense and not whole
+    start = _signs(total.module.stem, n, width).astype(np.float32 if single else np.float64)
+    sample = total.matmul(put(start, total.device))
+    xp = namespace(sample)
+    norm, before = total.norm, math.inf
+    for done in range(1, _MOST_PASSES + 1):
+        basis = xp.linalg.qr(sample)[0]
+        right, triangle = xp.linalg.qr(total.rmatmul(basis))
+        U, values, Vh = svd(host(triangle).T.astype(np.float64))
+        kept = float(values[:rank] @ values[:rank])
+        tail = math.sqrt(max(norm * norm - kept, 0.0))
+        settled = abs(before - tail) <= _SETTLED * tail or tail <= _DIRECT * norm
+        narrow = single and done > 1 and tail <= _SINGLE * norm
+        if done == _MOST_PASSES or whole or (done > 2 and settled and not narrow):
+            break
+        if narrow:
+            single, right, norm = False, _double(right), total.exact_norm
+        before = tail
+        sample = total.matmul(right)
+    return _Captured(basis, right, U, values, Vh, tail)
+
+
+def measure(total: Sum, result: Truncation, B: Array, A: Array) -> Measured:
+    """The figures of stored factors B (m, r), A (r, n) and of `result` before they were rounded.
+
+    One pass over the rows of a sum with dense parts, in float64. The error before rounding is
+    measured where the identity cannot resolve it. Raises NumericsError where an input holds NaN.
+    """
+    exact_b, exact_a = result.B, result.A
+    if total.transposed:
+        exact_b, exact_a, B, A = exact_a.mT, exact_b.mT, A.mT, B.mT
+    seen = result.tail > _RESOLVED * result.norm
+    parts = len(total.module.parts)
+    sizes, inner = [0.0] * parts, [0.0] * parts
+    norm = cut = lost = noise = 0.0
+    changed = 0
+    for start, stop in total.blocks():
+        written = B[start:stop] @ A
+        pieces = [(i, put(block, total.device)) for i, block in total.dense_rows(start, stop)]
+        for index, block in pieces:
+            sizes[index] += squares(block)
+            inner[index] += _dot(block, written)
+        block = pieces[0][1]
+        low = [left[start:stop] @ right for left, right in total.chunks()]
+        for other in [*low, *(block for _, block in pieces[1:])]:
+            block = block + other
+        norm += squares(block)
+        changed += int(namespace(block).count_nonzero(block))
+        written -= block
+        lost += squares(written)
+        if not seen:
+            cut += squares(block - exact_b[start:stop] @ exact_a)
+        noise += sum(c * c * operator.noise(start, stop) for _, c, operator in total.operators)
+    for index, size, product in total.factored(B, A):
+        sizes[index], inner[index] = size * size, product
+    return Measured(
+        norm=math.sqrt(norm),
+        cut=result.tail if seen else math.sqrt(cut),
+        total=math.sqrt(lost),
+        sizes=tuple(math.sqrt(size) for size in sizes),
+        inner=tuple(inner),
+        noise=math.sqrt(noise),
+        changed=changed,
+    )
+
+
+def _dot(one: Array, other: Array) -> float:
+    return float(one.reshape(-1) @ other.reshape(-1))
+
+
+def _double(array: Array) -> Array:
+    return array.astype(np.float64) if isinstance(array, np.ndarray) else array.double()
+
+
+def _distance(total: Sum, B: Array, A: Array) -> float:
+    """‖M − B·A‖_F measured on dense rows."""
+    blocks = (total.rows(i, j) - B[i:j] @ A for i, j in total.blocks())
+    return math.sqrt(math.fsum(squares(block) for block in blocks))
+
+
+def _signs(stem: str, rows: int, columns: int) -> Matrix:
+    """A ±1 test matrix from raw Philox bits keyed by the module's name."""
+    key = int.from_bytes(hashlib.sha256(stem.encode()).digest()[:16], "little")
+    words = np.random.Philox(key=key).random_raw((rows * columns + 63) // 64)
+    bits = np.unpackbits(words.view(np.uint8), count=rows * columns)
+    signs: Matrix = (2.0 * bits - 1.0).reshape(rows, columns)
+    return signs
+
+
+def inner_with_sum(total: Sum, B: Array, A: Array) -> float:
+    """⟨ΔW, B·A⟩ of a sum of factor pairs."""
+    return float((total.rmatmul(B).mT * A).sum())
+
+
+def inner(total: Sum, B: Array, A: Array) -> tuple[float, ...]:
+    """⟨B·A, cᵢDᵢ⟩ of every factor pair."""
+    result = []
+    for part in total.module.parts:
+        left, right = stack([part], total.device)
+        result.append(float(((B.mT @ left) * (A @ right.mT)).sum()))
+    return tuple(result)
