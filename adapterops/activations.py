@@ -49,7 +49,7 @@ _PROBED = 4096
 class Activations:
     """An activation file: inputs by module, tokens they were taken from, the model's name.
 
-    `digest` tells two files apart in provenance: sha256 of the header's bytes, the file's size and
+    `digest` tells two files apart in provenance: sha256 of the metadata, of names and shapes and of
     the first 4 KiB of every tensor. It is no hash of the whole, which may have many gigabytes.
     """
 
@@ -235,9 +235,10 @@ def _shared(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _digest(source: Source, header: Header) -> str:
-    digest = hashlib.sha256(bytes(read_bytes(source, 0, header.data_start)))
-    digest.update(str(source.size()).encode())
-    for entry in header.tensors.values():
+    shapes = {name: entry.shape for name, entry in sorted(header.tensors.items())}
+    digest = hashlib.sha256(json.dumps([dict(header.metadata), shapes], sort_keys=True).encode())
+    for name in shapes:
+        entry = header.tensors[name]
         start = header.data_start + entry.start
         digest.update(bytes(read_bytes(source, start, min(_PROBED, entry.nbytes))))
     return digest.hexdigest()

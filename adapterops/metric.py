@@ -12,24 +12,21 @@ that cancel do their harm here, linearly in u, before anything is squared. Then
 
 Both are streamed by blocks of rows, so C is never held whole. Arrays are float64, numpy or torch;
 B is (m, R), A is (R, n).
-
-Errors relative to the weights that they change are plain ones divided by ‖W‖_F (`weight_norms`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from adapterops.arrays import Array, host, like, namespace
-from adapterops.errors import FormatError, IncompatibleError, NumericsError
+from adapterops.errors import FormatError, NumericsError
 from adapterops.formats.model import Ref
 from adapterops.linalg import EPSILON, Matrix, Spectrum, rank_floor, svd
-from adapterops.stream import Compute, Job, run
 
 Kind = Literal["gram", "samples"]
 
@@ -129,38 +126,6 @@ def norm(B: Array, A: Array, inputs: Inputs) -> tuple[float, float]:
     return float(np.linalg.norm(found.image)), found.floor
 
 
-def weight_norms(weights: Mapping[str, Ref], on: Compute) -> dict[str, float]:
-    """stem -> ‖W‖_F of the base's weight that a module changes, read block by block.
-
-    Raises IncompatibleError for a weight of zeros, which nothing can be small beside, NumericsError
-    for NaN and infinities; both name the module.
-    """
-    jobs = (
-        Job(stem, _weight_norm, (stem, ref), 16 * _BLOCK_NUMBERS) for stem, ref in weights.items()
-    )
-    return dict(zip(weights, run(jobs, on), strict=True))
-
-
-def _weight_norm(stem: str, ref: Ref) -> float:
-    flat = replace(ref, shape=(math.prod(ref.shape), 1), transposed=False)
-    squares = [float(np.vdot(block, block)) for _, block in _blocks(flat, np.empty(0))]
-    size = math.sqrt(math.fsum(squares))
-    if not math.isfinite(size):
-        raise NumericsError(
-            f"its weight in the base, {ref.name}, holds NaN or infinities",
-            path=ref.source.path,
-            module=stem,
-        )
-    if size == 0.0:
-        raise IncompatibleError(
-            f"its weight in the base, {ref.name}, is zero: an error relative to it has no meaning",
-            path=ref.source.path,
-            module=stem,
-            hint="leave it out with --modules, or use --metric frobenius",
-        )
-    return size
-
-
 def _reduced(B: Array, A: Array, inputs: Inputs) -> _Reduced:
     xp = namespace(B)
     (m, _), n = B.shape, A.shape[1]
@@ -230,7 +195,7 @@ def _blocks(ref: Ref, beside: Array) -> Iterator[tuple[int, Array]]:
         device = "torch" if beside.device.type == "cpu" else str(beside.device)
     total, n = ref.shape
     step = max(1, _BLOCK_NUMBERS // n)
-    stride = ref.nbytes // max(total, 1)
+    stride = ref.nbytes // total
     for start in range(0, total, step):
         count = min(step, total - start)
         part = replace(

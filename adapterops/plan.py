@@ -71,12 +71,13 @@ class Module:
 class Weighting:
     """What error is measured in: Frobenius norms, weighted by module, or what inputs make of it.
 
-    Keys are the modules' names in the input.
+    Keys are the modules' names in the input; `notes` are warnings.
     """
 
     name: Literal["frobenius", "relative", "activation"] = "frobenius"
     weights: Mapping[str, float] = field(default_factory=dict)
     inputs: Mapping[str, Inputs] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

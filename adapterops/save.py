@@ -42,6 +42,7 @@ from adapterops.promises import (
     check_sidecar,
 )
 from adapterops.ranks import Ranks
+from adapterops.serving.legal import LegalForm
 from adapterops.stream import Compute
 from adapterops.target import kernel_warnings
 from adapterops.writing import write
@@ -101,6 +102,8 @@ def save(
     try:
         return _save(inputs, weights, options, on)
     finally:
+        for each in options.weighting.inputs.values():
+            each.ref.source.close()
         for file in inputs:
             for source in file.sources:
                 source.close()
@@ -176,10 +179,10 @@ def _save(
     form, entries, metadata = form_at(choice.ranks)
     size = _file_size(entries, metadata)
     hidden = [] if copy else kernel_warnings(plan.modules)
-    warnings = [*plan.warnings, *hidden, *form.warnings, *left]
+    warnings = [*plan.warnings, *options.weighting.notes, *hidden, *form.warnings, *left]
     if options.strict and warnings:
         raise IncompatibleError(f"--strict: {warnings[0]}")
-    hints = _hints(plan, spectra, whole)
+    hints = _hints(plan, spectra, whole, legal)
     described = extras_by_name(extras, dropped)
     if legal:
         notes += check_engine(legal, form, name, directory=directory, side_files=tuple(travelling))
@@ -258,10 +261,14 @@ def _file_size(entries: dict[str, Entry], metadata: dict[str, str]) -> int:
     return -(-header // 8) * 8 + _data_size(entries)
 
 
-def _hints(plan: Plan, spectra: Sequence[Spectrum], whole: float) -> tuple[RankHint, ...]:
+def _hints(
+    plan: Plan, spectra: Sequence[Spectrum], whole: float, legal: LegalForm | None
+) -> tuple[RankHint, ...]:
     """What each smaller standard rank would cost, where the singular values are known."""
     if not spectra:
         return ()
     tail = ranks.tails(spectra)
     smaller = {r for r in (*ranks.STANDARD, plan.input_rank) if r < min(plan.rank, len(tail))}
+    if legal:
+        smaller = {r for r in smaller if legal.rank_for(r) == r}
     return tuple(RankHint(r, float(tail[r]) / whole if whole else 0.0) for r in sorted(smaller))

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from adapterops.errors import UsageError
-from adapterops.formats.model import AdapterFile
+import numpy as np
+
+from adapterops.activations import base_note, for_modules, open_activations
+from adapterops.basemodel import open_model
+from adapterops.errors import IncompatibleError, UsageError
+from adapterops.formats.model import AdapterFile, Ref, Site
 from adapterops.plan import Weighting
+from adapterops.rebased.weights import weights
 
 Metric = Literal["frobenius", "relative", "activation"]
 _Path = str | os.PathLike[str]
+_BLOCK = 1 << 20
 
 
 def weighting_for(
@@ -21,6 +30,91 @@ def weighting_for(
     activations: _Path | None,
     modules: str | None,
 ) -> tuple[Weighting, dict[str, Any]]:
+    """The weighting that a metric means for these adapters, and what identifies its sources.
+
+    `modules` is the pattern of those that matter. Raises UsageError for a metric that is unknown or
+    lacks its file, IncompatibleError for a base model or activations of another model.
+    """
     if metric not in get_args(Metric):
         raise UsageError(f"--metric {metric!r}: expected one of {', '.join(get_args(Metric))}")
-    return Weighting(), {}
+    if activations is not None and metric != "activation":
+        raise UsageError(
+            f"--activations says nothing to --metric {metric}; add --metric activation"
+        )
+    if metric == "frobenius":
+        return Weighting(), {}
+    for file in files:
+        if file.deltas:
+            raise IncompatibleError(
+                f"--metric {metric}: the full delta {next(iter(file.deltas))!r} is outside of it",
+                path=file.path,
+                hint="use --metric frobenius",
+            )
+    if metric == "relative":
+        if base is None:
+            raise UsageError("--metric relative compares with the base's weights: give --base")
+        return _relative(files, base, modules)
+    if activations is None:
+        raise UsageError(
+            "--metric activation needs the inputs of the modules: give --activations FILE",
+            hint="examples/collect_activations.py makes one from a model and a text",
+        )
+    given = open_activations(activations)
+    inputs = {}
+    for file in files:
+        inputs.update(for_modules(given, _chosen(file, modules), file.base))
+    found = (base_note(given, file.base) for file in files)
+    notes = tuple(dict.fromkeys(note for note in found if note))
+    return Weighting("activation", inputs=inputs, notes=notes), {"activations": given.digest}
+
+
+def _chosen(file: AdapterFile, pattern: str | None) -> dict[str, Site]:
+    """The sites that a pattern matches as a whole; what is wrong with one is said elsewhere."""
+    try:
+        compiled = re.compile(pattern or ".*", 0 if pattern else re.DOTALL)
+    except re.error:
+        return dict(file.sites)
+    return {stem: site for stem, site in file.sites.items() if compiled.fullmatch(stem)}
+
+
+def _relative(
+    files: Sequence[AdapterFile], base: _Path, modules: str | None
+) -> tuple[Weighting, dict[str, Any]]:
+    model = open_model(base)
+    sizes: dict[str, float] = {}
+    for file in files:
+        missing = [stem for stem in _chosen(file, modules) if stem not in sizes]
+        for stem, weight in weights(file, model, missing).items():
+            sizes[stem] = norm(weight.ref)
+            weight.ref.source.close()
+            if sizes[stem] == 0.0 or not math.isfinite(sizes[stem]):
+                raise IncompatibleError(
+                    f"its weight {weight.ref.name!r} has the norm {sizes[stem]:g}: nothing is "
+                    "relative to that",
+                    path=model.path,
+                    module=stem,
+                    hint="leave it out with --modules, or use --metric frobenius",
+                )
+    return Weighting("relative", _inverse(sizes)), {"base": model.identity}
+
+
+def _inverse(sizes: Mapping[str, float]) -> dict[str, float]:
+    return {stem: 1 / size for stem, size in sizes.items()}
+
+
+def norm(ref: Ref) -> float:
+    """‖W‖_F of a stored tensor, float64 sums over blocks that are read one by one."""
+    width = ref.nbytes // max(1, math.prod(ref.shape))
+    squares = []
+    for start in range(0, ref.nbytes, _BLOCK * width):
+        size = min(_BLOCK * width, ref.nbytes - start)
+        block = replace(
+            ref,
+            shape=(size // width,),
+            offset=ref.offset + start,
+            nbytes=size,
+            transposed=False,
+        )
+        values = np.asarray(block.read())
+        squares.append(float(values @ values))
+    return math.sqrt(math.fsum(squares))

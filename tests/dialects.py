@@ -434,19 +434,30 @@ KIND_NAMES = {
     "experts": "experts (target_parameters, switch layers)",
     "full": "full deltas (.diff, .diff_b, .w_norm, .b_norm)",
     "dora": "DoRA",
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
 }
+RELATIVE = ("dora", "pissa", "olora")  # refused without the base model
 COLUMNS = ("peft", "kohya", "diffusers", "mlx", "xlabs", "cloneofsimo")
 
 
 def wild_rows() -> list[tuple[str, str, str]]:
     """(dialect, case, kind) of the cases of the oracles, each a test's parameter."""
-    from tests import kinds, test_deltas, test_kinds_peft, test_mlx, test_moe, test_wild_dialects
+    from tests import (
+        kinds,
+        test_deltas,
+        test_kinds_peft,
+        test_mlx,
+        test_moe,
+        test_rebased,
+        test_wild_dialects,
+    )
 
     rows = [*kinds.rows(), *test_kinds_peft.rows()]
     rows += [(dialect, title, "experts") for dialect, title, _ in test_moe.rows()]
     for dialect, title, kind in test_mlx.rows():
         rows.append((dialect, title, "experts" if "switch" in title else kind))
-    rows += test_wild_dialects.rows()
+    rows += test_wild_dialects.rows() + test_rebased.rows()
     rows += [("kohya", title, "full") for title in test_deltas.CASES]
     return rows
 
@@ -455,15 +466,10 @@ def matrix() -> list[str]:
     """Kind x dialect, from the cases."""
     found = {(kind, dialect) for dialect, _, kind in wild_rows()}
     found |= {("lora", dialect) for dialect in ("peft", "kohya", "diffusers", "xlabs")}
-    recognised = {("dora", dialect) for dialect in ("peft", "kohya", "diffusers", "mlx")}
     lines = [f"| kind | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for kind, name in KIND_NAMES.items():
         cells = [
-            "yes"
-            if (kind, dialect) in found
-            else "recognised, refused"
-            if (kind, dialect) in recognised
-            else "–"
+            "–" if (kind, dialect) not in found else "with its base" if kind in RELATIVE else "yes"
             for dialect in COLUMNS
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -481,10 +487,11 @@ def table() -> str:
         "",
         *matrix(),
         "",
-        "yes: read, merged, and written as LoRA in the same dialect (full deltas as such); "
-        "–: no tool writes such a file. kohya stands for all names with kohya's or LyCORIS' "
-        "suffixes: `lora_unet_`, `lora_te_`, `lora_transformer_`, `lycoris_`, `lora_unet__`, "
-        "`diffusion_model.`; diffusers for all with `lora_A`/`lora_B` or `lora.down`, also bare.",
+        "yes: read, merged, and written as LoRA in the same dialect (full deltas as such); with "
+        "its base: refused without the base model, converted to LoRA beside it; –: no tool writes "
+        "such a file. kohya stands for all names with kohya's or LyCORIS' suffixes: `lora_unet_`, "
+        "`lora_te_`, `lora_transformer_`, `lycoris_`, `lora_unet__`, `diffusion_model.`; diffusers "
+        "for all with `lora_A`/`lora_B` or `lora.down`, also bare.",
         "",
         "## Layers and features",
         "",

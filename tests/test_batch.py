@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 
 import adapterops
-from adapterops.batch import Item, find, is_done, mirror, mirrored, recorded, run_many, skip_done
+from adapterops.batch import (
+    Item,
+    find,
+    is_done,
+    is_one,
+    mirror,
+    mirrored,
+    recorded,
+    run_many,
+    skip_done,
+)
 from adapterops.batch import run as run_module
 from adapterops.errors import (
     AdapterOpsError,
@@ -71,6 +81,11 @@ class TestFind:
             (tmp_path / "x" / name).write_bytes(b"")
         kohya(tmp_path / "x" / "deeper" / "y.safetensors")
         assert names(find([tmp_path])) == ["x"]  # nothing below an adapter is looked for
+
+    def test_what_is_one_adapter_and_not_to_be_searched(self, tmp_path):
+        assert is_one(peft(tmp_path / "x" / "a")) and is_one(kohya(tmp_path / "b.safetensors"))
+        assert is_one(tmp_path / "nothing")  # opening it says so
+        assert not is_one(tmp_path / "x") and not is_one(tmp_path)
 
     def test_folders_are_searched_in_the_order_of_names(self, tmp_path):
         for name in ("b/two", "b/one", "a", "c/d/e"):
@@ -285,6 +300,7 @@ from adapterops.batch import run_many
 from tests.test_batch import some, sleeper
 run_many(some(), sleeper, lambda i, r: print(r, flush=True), lambda i, e: None, jobs=2)
 """
+TIDYING = SLEEPING.replace("sleeper", "tidying")
 BAD = ("bad", "named", "gone", "full", "defect")
 
 
@@ -338,6 +354,36 @@ class TestRunMany:
                 strict=True,
             )
         assert done == [str(i) for i in range(333)]
+
+    def test_how_many_processes(self, monkeypatch):
+        width = run_module.width_for
+        assert [width(n, 8) for n in (1, 300, 301, 64_000)] == [1, 1, 8, 8]
+        assert [width(n, 8, few=24, chunk=4) for n in (24, 25, 29, 100)] == [1, 7, 8, 8]
+        assert width(1000, 1) == 1
+        monkeypatch.setattr(run_module, "available_threads", lambda: 3)
+        assert width(1000) == 3
+        monkeypatch.setattr(run_module.workers, "available", lambda: False)
+        assert width(1000) == 1
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_workers_tidy_up_before_they_end(self, tmp_path, number):
+        code = (
+            "from adapterops.cli import _terminate\n"
+            "import signal; signal.signal(signal.SIGTERM, _terminate)\n" + TIDYING
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.DEVNULL,
+        )
+        limit = time.monotonic() + 20
+        while len(list(tmp_path.glob("busy-*"))) < 2:
+            assert time.monotonic() < limit and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.communicate(timeout=20)
+        assert not list(tmp_path.glob("busy-*")) and len(list(tmp_path.glob("tidy-*"))) == 2
 
     def test_a_worker_that_dies_ends_the_run_with_an_error(self):
         with pytest.raises(AdapterOpsError, match=r"died \(exit code 9\)") as caught:
@@ -410,6 +456,16 @@ def process(item: Item) -> int:
     return os.getpid()
 
 
+def tidying(item: Item) -> None:
+    """Writes a file that stands only as long as it works."""
+    path = Path(f"busy-{os.getpid()}")
+    path.touch()
+    try:
+        time.sleep(60)
+    finally:
+        path.rename(f"tidy-{os.getpid()}")
+
+
 def sleeper(item: Item) -> int:
     """Quick at first, then slow."""
     time.sleep(0.0 if int(item.name) < 200 else 0.05)
@@ -466,6 +522,11 @@ class TestResume:
     def test_a_folder_is_known_by_its_weights(self, tmp_path):
         (tmp_path / "x").mkdir()
         self.write(tmp_path / "x" / "adapter_model.safetensors", self.made().to_json())
+        assert is_done(tmp_path / "x", self.made()) == "done"
+
+    def test_an_mlx_folder_is_known_by_its_weights(self, tmp_path):
+        (tmp_path / "x").mkdir()
+        self.write(tmp_path / "x" / "adapters.safetensors", self.made().to_json())
         assert is_done(tmp_path / "x", self.made()) == "done"
 
     def test_what_merge_writes_is_recorded(self, tmp_path):

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import adapterops as ao
-from adapterops.checking import base, baseconfig, basenames
+from adapterops.basemodel import config as baseconfig
+from adapterops.basemodel import names as basenames
+from adapterops.checking import base
 from adapterops.errors import FileError, FormatError, UnsupportedError
 from tests.defects import PREFIX, Draft, at, gpt2, llama, write_file
 

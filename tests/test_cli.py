@@ -288,16 +288,32 @@ def test_provenance_has_hashes_and_no_paths(two):
 SHOWN = {"as_json", "quiet", "verbose", "no_progress"}
 # Of batches and pictures, which the library has functions of their own for.
 MANY = {"from_file", "output", "overwrite"}
+LIST = {"adapters", "from_file"}
 
 
 @pytest.mark.parametrize(
     ("name", "own"),
-    [("merge", set()), ("inspect", {"paths", *MANY}), ("diff", MANY), ("check", {"list"})],
-    ids=["merge", "inspect", "diff", "check"],
+    [
+        ("merge", set()),
+        ("compress", {*LIST, "plot"}),
+        ("convert", LIST),
+        ("extract", set()),
+        ("inspect", {"paths", *MANY}),
+        ("diff", MANY),
+        ("check", {"list"}),
+    ],
+    ids=["merge", "compress", "convert", "extract", "inspect", "diff", "check"],
 )
 def test_options_are_the_functions_parameters(name, own):
-    """Command line and library offer the same options under the same names."""
+    """Command line and library offer the same options under the same names, with one default."""
     command = importlib.import_module(f"adapterops.cli.{name}").command
+    function = getattr(importlib.import_module(f"adapterops.verbs.{name}"), name)
     options = {p.name for p in command.params} - SHOWN - own
-    parameters = set(inspect.signature(getattr(adapterops, name)).parameters) - {"progress", "path"}
-    assert {"out" if o == "output" else o for o in options} == parameters
+    parameters = dict(inspect.signature(function).parameters)
+    for inner in ("progress", "path", "adapter"):
+        parameters.pop(inner, None)
+    assert {"out" if o == "output" else o for o in options} == set(parameters)
+    context = command.make_context(name, [], resilient_parsing=True)
+    for option, value in context.params.items():
+        if option in parameters and value not in (None, ()):
+            assert value == parameters[option].default

@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterops import casts, linalg, metric
-from adapterops.errors import FormatError, IncompatibleError, NumericsError
+from adapterops import casts, linalg, metric, weighting
+from adapterops.errors import FormatError, NumericsError
 from adapterops.files.source import MemoryFile
 from adapterops.formats.model import Ref
 from adapterops.metric import Inputs
-from adapterops.stream import Compute
 
 EPS = 2.0**-52
 
@@ -313,34 +312,14 @@ def test_small_sizes(size, place):
 def test_norms_of_weights(dtype, monkeypatch):
     """Every shape and type, in one block or many; a transposed weight has the norm it has."""
     rng = np.random.default_rng(0)
-    exact = {"a": rng.standard_normal((5, 7)), "b": rng.standard_normal((4, 3, 3, 3))}
-    exact["c"] = 1e-3 * rng.standard_normal((2, 3))
-    refs, expected = {}, {}
-    for name, values in exact.items():
-        data = casts.store(values, dtype)
-        expected[name] = np.linalg.norm(casts.widen(data, dtype))
+    shapes = {"a": (5, 7), "b": (4, 3, 3, 3), "turned": (2, 3), "empty": (0, 4)}
+    for name, shape in shapes.items():
+        data = casts.store(rng.standard_normal(shape), dtype)
+        expected = np.linalg.norm(casts.widen(data, dtype))
         source = MemoryFile("base.safetensors", bytes(casts.stored_bytes(data)))
-        refs[name] = Ref(source, name, dtype, values.shape, 0, source.size())
-    refs["c"] = replace(refs["c"], shape=(3, 2), transposed=True)
-    for numbers in (1 << 20, 4):
-        monkeypatch.setattr(metric, "_BLOCK_NUMBERS", numbers)
-        found = metric.weight_norms(refs, Compute())
-        assert list(found) == list(refs)
-        assert found == pytest.approx(expected, rel=1e-14)
-
-
-@pytest.mark.parametrize(
-    ("values", "error", "words"),
-    [
-        (np.zeros((3, 4)), IncompatibleError, "is zero"),
-        (np.zeros((0, 4)), IncompatibleError, "is zero"),
-        (np.array([[1.0, np.nan]]), NumericsError, "NaN"),
-        (np.array([[1.0, -np.inf]]), NumericsError, "NaN"),
-    ],
-    ids=["zero", "empty", "nan", "infinite"],
-)
-def test_weights_that_measure_nothing(values, error, words):
-    refs = {"layers.0.q": replace(stored(values, "samples").ref, name="layers.0.q.weight")}
-    with pytest.raises(error, match=words) as caught:
-        metric.weight_norms(refs, Compute())
-    assert caught.value.module == "layers.0.q" and "layers.0.q.weight" in caught.value.message
+        ref = Ref(source, name, dtype, shape, 0, source.size())
+        if name == "turned":
+            ref = replace(ref, shape=shape[::-1], transposed=True)
+        for numbers in (1 << 20, 4, 1):
+            monkeypatch.setattr(weighting, "_BLOCK", numbers)
+            assert weighting.norm(ref) == pytest.approx(expected, rel=1e-14)

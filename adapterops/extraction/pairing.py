@@ -101,7 +101,7 @@ def _names(model: BaseModel) -> dict[str, Ref]:
     result = {}
     root = _ROOTS.get(str(model.config.get("model_type")), "")
     bare = not any(name.startswith(f"{root}.") for name in model.tensors)
-    lacking = root and bare and not model.architecture.endswith("Model")
+    lacking = root and bare and (model.is_causal or "For" in model.architecture)
     for name, ref in model.tensors.items():
         if _BUFFER.match(name) or ref.dtype in ("I64", "BOOL"):
             continue
