@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from adapterops.card import model_card
 from adapterops.certificate import Report, fields_of
@@ -59,6 +62,15 @@ def write_companions(
         "provenance": provenance.to_dict(),
     }
     name = SIDECAR if target.directory else sidecar_name(target.final)
-    encoder = json.JSONEncoder(indent=1, ensure_ascii=False, allow_nan=False, default=fields_of)
-    chunks = (chunk.encode("utf-8", "replace") for chunk in encoder.iterencode(document))
-    target.write(name, chunks)
+    target.write(name, [_encoded(document)])
+
+
+def _encoded(document: dict[str, Any]) -> bytes:
+    """JSON, indented; a name that is no valid text has its odd characters replaced."""
+    try:
+        return msgspec.json.format(msgspec.json.encode(document), indent=1)
+    except UnicodeEncodeError:
+        text = json.dumps(
+            document, indent=1, ensure_ascii=False, allow_nan=False, default=fields_of
+        )
+        return text.encode("utf-8", "replace")

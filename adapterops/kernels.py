@@ -34,6 +34,8 @@ def peak(modules: Sequence[Module], cap: int | None = None) -> int:
     if cap is not None and columns > rangefinder.LARGE:
         return rangefinder.peak(module, rank) + 8 * 3 * math.prod(module.shape)
     shared = sum(part.site.parts["B"].nbytes for part in module.parts) if module.expert else 0
+    if any("base" in part.site.parts for part in module.parts):  # its weight is decomposed whole
+        shared += 8 * 4 * math.prod(module.shape)
     work = 8 * (perimeter * (3 * columns + 6 * rank) + 8 * columns * columns)
     return len(modules) * work + shared
 

@@ -176,9 +176,9 @@ class Plan:
 
     @property
     def input_rank(self) -> int:
-        """The largest rank among the inputs."""
-        parts = (part for module in self.modules for part in module.parts)
-        return max((part.site.rank for part in parts), default=0)
+        """The largest rank among the inputs, of a dense change that of the factors in it."""
+        sites = (part.site for module in self.modules for part in module.parts)
+        return max(((site.inner or site).rank for site in sites), default=0)
 
     @property
     def bound(self) -> int:

@@ -125,6 +125,7 @@ def is_copy(plan: Plan, options: Options) -> bool:
             len(module.parts) == 1
             and module.parts[0].coefficient == module.parts[0].site.scale
             and (module.parts[0].site.kind == "lora" or plan.dialect not in DIRECTORIES)
+            and "base" not in module.parts[0].site.parts
             for module in plan.modules
         )
         and not any(delta.factors for delta in plan.deltas)
@@ -136,6 +137,15 @@ def is_copy(plan: Plan, options: Options) -> bool:
             for module in plan.modules
             for part in module.parts
         )
+    )
+
+
+def is_bounded(plan: Plan, options: Options) -> bool:
+    """Whether all that is stored are balanced factors, whose rounding has a bound."""
+    return (
+        (options.form, plan.scaling) == ("balanced", "folded")
+        and options.weighting.name != "activation"
+        and not plan.deltas
     )
 
 

@@ -29,6 +29,7 @@ __all__ = ["LARGE", "Sum", "applies", "is_dense", "measure", "peak", "spectrum",
 LARGE = 1024
 _OVERSAMPLING = 48
 _SETTLED = 1e-4
+_SEEN = 1e-3  # enough to choose ranks by
 _MOST_PASSES = 10
 _DIRECT = 1e-6
 _SINGLE = 3e-2
@@ -62,6 +63,7 @@ class _Captured:
     U: Matrix
     values: Matrix
     Vh: Matrix
+    norm: float
     tail: float
 
 
@@ -84,7 +86,7 @@ def truncate(total: Sum, rank: int) -> Truncation:
     """Nearly the best rank-k factors of a sum, with their exact error."""
     m, n = total.shape
     found = _captured(total, rank)
-    bound, norm = total.beta, total.norm
+    bound, norm = total.beta, found.norm
     keep = min(rank, int((found.values > rank_floor(m, n, bound)).sum()))
     root = np.sqrt(found.values[:keep])
     left, lower = np.zeros((len(found.U), rank)), np.zeros((rank, found.Vh.shape[1]))
@@ -116,15 +118,15 @@ def spectrum(total: Sum, cap: int | None = None) -> Spectrum:
             rest = float(np.linalg.norm(values[cap:]))
             values = values[:cap]
     else:
-        found = _captured(total, cap)
-        values, rest, size = found.values[:cap], found.tail, total.norm
+        found = _captured(total, cap, _SEEN)
+        values, rest, size = found.values[:cap], found.tail, found.norm
     rank = int((values > floor).sum())
     columns = total.module.columns
     return Spectrum(values, size, bound, floor, rank, columns, "range", rest)
 
 
-def _captured(total: Sum, rank: int) -> _Captured:
-    """Subspace iteration until the error at this rank stops falling."""
+def _captured(total: Sum, rank: int, enough: float = _SETTLED) -> _Captured:
+    """Subspace iteration until the error at this rank changes by no more than that share."""
     m, n = total.shape
     width = min(rank + _OVERSAMPLING, m, n)
     whole = width == min(m, n)
@@ -132,14 +134,14 @@ def _captured(total: Sum, rank: int) -> _Captured:
     start = _signs(total.module.stem, n, width).astype(np.float32 if single else np.float64)
     sample = total.matmul(put(start, total.device))
     xp = namespace(sample)
-    norm, before = total.norm, math.inf
+    norm, before = total.norm if single else total.exact_norm, math.inf
     for done in range(1, _MOST_PASSES + 1):
         basis = xp.linalg.qr(sample)[0]
         right, triangle = xp.linalg.qr(total.rmatmul(basis))
         U, values, Vh = svd(host(triangle).T.astype(np.float64))
         kept = float(values[:rank] @ values[:rank])
         tail = math.sqrt(max(norm * norm - kept, 0.0))
-        settled = abs(before - tail) <= _SETTLED * tail or tail <= _DIRECT * norm
+        settled = abs(before - tail) <= enough * tail or tail <= _DIRECT * norm
         narrow = single and done > 1 and tail <= _SINGLE * norm
         if done == _MOST_PASSES or whole or (done > 2 and settled and not narrow):
             break
@@ -147,7 +149,7 @@ def _captured(total: Sum, rank: int) -> _Captured:
             single, right, norm = False, _double(right), total.exact_norm
         before = tail
         sample = total.matmul(right)
-    return _Captured(basis, right, U, values, Vh, tail)
+    return _Captured(basis, right, U, values, Vh, norm, tail)
 
 
 def measure(total: Sum, result: Truncation, B: Array, A: Array) -> Measured:

@@ -123,8 +123,9 @@ def lossless(spectra: Sequence[Spectrum]) -> int:
 
 
 def smallest(tail: np.ndarray[Any, Any], limit: float) -> int:
-    """The smallest k >= 1 with tail[k] <= limit."""
-    return max(1, int(np.argmax(tail <= limit * (1 + 1e-12))))
+    """The smallest k >= 1 with tail[k] <= limit, the largest k there is if none has."""
+    within = tail <= limit * (1 + 1e-12)
+    return max(1, int(np.argmax(within))) if within.any() else len(tail) - 1
 
 
 def for_energy(tail: np.ndarray[Any, Any], energy: float, whole: float) -> int:

@@ -33,7 +33,15 @@ from adapterops.layout import Layout, output_path, plan_output, sidecar_name, we
 from adapterops.linalg import Spectrum
 from adapterops.options import compute, parse_size
 from adapterops.plan import Plan
-from adapterops.prepare import Options, check_engine, dry_run, is_copy, planned_for, provenance_of
+from adapterops.prepare import (
+    Options,
+    check_engine,
+    dry_run,
+    is_bounded,
+    is_copy,
+    planned_for,
+    provenance_of,
+)
 from adapterops.promises import (
     check_apart,
     check_cancellation,
@@ -170,9 +178,12 @@ def _save(
                 lost = [piece.figures.in_metric(sizes[piece.stem])[1] for piece in pieces]
             return total([*lost, *(figures.total for figures in dense)])
 
+        def bytes_at(chosen: Sequence[int]) -> int:
+            return _file_size(*form_at(chosen)[1:])
+
+        bounded = is_bounded(plan, options)
         choice = choose_ranks(
-            options.ranks,
-            Known(plan, spectra, whole, lambda k: _file_size(*form_at(k)[1:]), error_at, legal),
+            options.ranks, Known(plan, spectra, whole, bytes_at, error_at, legal, bounded)
         )
     plan = plan.at(choice.ranks)
     check_ranks(plan)

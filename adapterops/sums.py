@@ -59,7 +59,9 @@ class Sum:
         self.transposed = any(operator.transposed for _, _, operator in self.operators)
         self.shape = module.shape[::-1] if self.transposed else module.shape
         self.dtype = np.float32 if self.is_dense else np.float64
-        self._dense: Array = self._accumulated() if held(module) else None
+        self._dense: Array = None
+        if held(module):
+            self._dense = self._accumulated()
 
     def chunks(self) -> Iterator[tuple[Array, Array]]:
         """(B, A) of a few factor pairs of M at a time, coefficients folded into A."""
@@ -146,24 +148,28 @@ class Sum:
 
     @cached_property
     def norm(self) -> float:
-        """‖M‖_F from its dense rows, block by block; of dense parts by float32 rows.
+        """‖M‖_F from its dense rows, block by block; with dense parts from rows in float32.
 
         Raises NumericsError where a dense part holds NaN or infinities.
         """
         if not self.is_dense:
             return self.exact_norm
         held = self._dense
-        blocks = (self._single(i, j) if held is None else held[i:j] for i, j in self.blocks())
+        return self._root(
+            self._single(i, j) if held is None else held[i:j] for i, j in self.blocks()
+        )
+
+    @cached_property
+    def exact_norm(self) -> float:
+        """`norm` from rows in float64."""
+        return self._root(self.rows(*bounds) for bounds in self.blocks())
+
+    def _root(self, blocks: Iterator[Array]) -> float:
         total = math.fsum(squares(block) for block in blocks)
         if not math.isfinite(total):
             for _, _, operator in self.operators:
                 operator.check()
         return math.sqrt(total)
-
-    @cached_property
-    def exact_norm(self) -> float:
-        """‖M‖_F from rows in float64."""
-        return math.sqrt(math.fsum(squares(self.rows(*bounds)) for bounds in self.blocks()))
 
     @cached_property
     def beta(self) -> float:

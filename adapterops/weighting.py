@@ -85,8 +85,7 @@ def _relative(
     for file in files:
         missing = [stem for stem in _chosen(file, modules) if stem not in sizes]
         for stem, weight in weights(file, model, missing).items():
-            sizes[stem] = norm(weight.ref)
-            weight.ref.source.close()
+            sizes[stem] = _norm(weight.ref)
             if sizes[stem] == 0.0 or not math.isfinite(sizes[stem]):
                 raise IncompatibleError(
                     f"its weight {weight.ref.name!r} has the norm {sizes[stem]:g}: nothing is "
@@ -100,6 +99,18 @@ def _relative(
 
 def _inverse(sizes: Mapping[str, float]) -> dict[str, float]:
     return {stem: 1 / size for stem, size in sizes.items()}
+
+
+# Many adapters of one base in one run: its weights are read once, unless their file changes.
+_KNOWN: dict[tuple[str, int, str], float] = {}
+
+
+def _norm(ref: Ref) -> float:
+    key = (ref.source.path, os.stat(ref.source.path).st_mtime_ns, ref.name)
+    if key not in _KNOWN:
+        _KNOWN[key] = norm(ref)
+        ref.source.close()
+    return _KNOWN[key]
 
 
 def norm(ref: Ref) -> float:

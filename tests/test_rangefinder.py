@@ -88,7 +88,7 @@ class TestOptimality:
         found = rangefinder.truncate(total, rank)
         lost = np.linalg.norm(exact - found.B @ found.A)
         assert lost <= best * (1 + 1e-3) + 1e-7
-        assert found.tail == pytest.approx(lost, rel=1e-6, abs=3e-8)
+        assert found.tail == pytest.approx(lost, rel=1e-5, abs=3e-8)
         np.testing.assert_allclose(found.values, values[: len(found.values)], rtol=2e-2, atol=1e-6)
         balance = np.linalg.norm(found.B, axis=0) - np.linalg.norm(found.A, axis=1)
         assert np.abs(balance).max() < 1e-5
@@ -235,9 +235,12 @@ class TestOperator:
     @pytest.mark.parametrize("where", ["base", "tuned"])
     @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=["nan", "inf"])
     @pytest.mark.parametrize("call", ["truncate", "spectrum"])
-    def test_a_tensor_that_is_not_finite_is_named(self, where: str, bad: float, call: str):
-        values: dict[str, Any] = {"base": np.ones((90, 80)), "tuned": np.full((90, 80), 2.0)}
+    @pytest.mark.parametrize("size", [80, 20])
+    def test_a_tensor_that_is_not_finite_is_named(
+        self, where: str, bad: float, call: str, size: int
+    ):
+        values: dict[str, Any] = {"base": np.ones((90, size)), "tuned": np.full((90, size), 2.0)}
         values[where][5, 6] = bad
         total = Sum(module((1.0, site(values["base"], values["tuned"], "F16"))), "cpu")
-        with pytest.raises(NumericsError, match=f"1 of 7200 values of {where} are NaN"):
+        with pytest.raises(NumericsError, match=f"1 of {90 * size} values of {where} are NaN"):
             getattr(rangefinder, call)(total, 4)

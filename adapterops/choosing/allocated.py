@@ -9,7 +9,7 @@ import numpy as np
 from adapterops import allocate
 from adapterops.casts import FORMATS
 from adapterops.certificate import total
-from adapterops.choosing.known import TRIES, Choice, Known, cut_off, requested, unmet
+from adapterops.choosing.known import TRIES, Choice, Known, certain, cut_off, requested, unmet
 from adapterops.errors import BudgetError
 from adapterops.ranks import Ranks
 
@@ -31,6 +31,8 @@ def allocated(chosen: Ranks, known: Known) -> Choice:
     allowed = share = wanted * known.whole
     for _ in range(TRIES):
         found = _reached(chosen, known, allowed)
+        if certain(found.ranks, share, known):
+            return found
         error = known.error_at(found.ranks)
         if error <= share:
             return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,8 @@ class Known:
     `spectra` are the modules' singular values in the metric, `whole` is ‖ΔW‖ of everything in it,
     full deltas included, which no rank cuts. `bytes_at` is the exact size of the weights file,
     `error_at` the error in the metric as written, storage included. `form` is what an engine asks
-    of the output, None where any rank will do.
+    of the output, None where any rank will do. `bounded`: what storing loses is bounded by
+    `storage_bound`, as it is for balanced factors with nothing beside them.
     """
 
     plan: Plan
@@ -43,6 +45,7 @@ class Known:
     bytes_at: Callable[[Sequence[int]], int]
     error_at: Callable[[Sequence[int]], float]
     form: LegalForm | None = None
+    bounded: bool = False
 
     def legal(self, rank: int) -> int | None:
         """The smallest rank from this one on that the output may have, None if there is none."""
@@ -85,3 +88,43 @@ def cut_off(known: Known, chosen: Sequence[int]) -> float:
         for spectrum, rank in zip(known.spectra, chosen, strict=True)
     ]
     return total(lost)
+
+
+def check_reach(energy: float, tail: np.ndarray[Any, Any], whole: float) -> None:
+    """Raise BudgetError where the directions that were computed do not hold this energy."""
+    left = float(tail[-1])
+    if left > math.sqrt(max(1.0 - energy, 0.0)) * whole * (1 + 1e-12):
+        raise BudgetError(
+            f"--energy {energy:g} cannot be met: the {len(tail) - 1} directions computed hold "
+            f"{1 - (left / whole) ** 2:.4g}",
+            hint="raise --max-rank or ask for less",
+        )
+
+
+def certain(chosen: Sequence[int], allowed: float, known: Known) -> bool:
+    """Whether these ranks are within the error for sure, without a trial.
+
+    What is cut off and the most that storing can lose add up to no more than is allowed.
+    """
+    if not known.bounded:
+        return False
+    return cut_off(known, chosen) + storage_bound(chosen, known) <= allowed
+
+
+def storage_bound(chosen: Sequence[int], known: Known) -> float:
+    """The most that rounding balanced factors B·A to the output's type can change them by.
+
+    Rounding is off by u|x|, or by half the smallest subnormal t; columns have ‖b_j‖ = ‖a_j‖ within
+    a factor of two, s_j = ‖b_j‖‖a_j‖ is at most σ_j, or β in all where no direction is cut.
+    """
+    form = FORMATS[known.plan.dtype]
+    u, t = 2.0 ** -(form.mantissa + 1), form.smallest_normal * 2.0 ** -(form.mantissa + 1)
+    losses = []
+    for spectrum, rank, module in zip(known.spectra, chosen, known.plan.modules, strict=True):
+        kept = spectrum.values[:rank]
+        size = max(float(kept.sum()), spectrum.beta if rank >= spectrum.columns else 0.0)
+        size /= module.weight
+        sides = t * (math.sqrt(module.shape[0]) + math.sqrt(module.shape[1]))
+        tiny = sides * (2 * math.sqrt(size * rank) + rank * sides)
+        losses.append(module.weight * ((2 * u + u * u) * size + tiny))
+    return total(losses)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 
 from adapterops import ranks
-from adapterops.choosing.known import TRIES, Known, cut_off, requested, shown, unmet
+from adapterops.choosing.known import (
+    TRIES,
+    Known,
+    certain,
+    check_reach,
+    cut_off,
+    requested,
+    shown,
+    unmet,
+)
 from adapterops.errors import BudgetError
 from adapterops.ranks import Ranks
 
@@ -31,6 +40,8 @@ def _each(chosen: Ranks, known: Known, energy: float | None) -> tuple[int, ...]:
             rank = min(rank, chosen.ceiling or rank)
         elif energy is not None and full:
             tail = ranks.tails(spectra)
+            if chosen.energy is not None:
+                check_reach(energy, tail, float(tail[0]))
             rank = min(ranks.for_energy(tail, energy, float(tail[0])), full)
         elif chosen.rank is not None:
             rank = min(requested(chosen, known.plan), full)
@@ -54,6 +65,8 @@ def _ragged_within(chosen: Ranks, known: Known) -> tuple[int, ...]:
     allowed, share = wanted, wanted * known.whole
     for _ in range(TRIES):
         found = _each(chosen, known, max(1.0 - allowed**2, 0.0))
+        if certain(found, share, known):
+            return found
         error = known.error_at(found)
         if error <= share:
             return found

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from adapterops import ranks
-from adapterops.choosing.known import Known, requested, shown, unmet
+from adapterops.choosing.known import Known, certain, check_reach, requested, shown, unmet
 from adapterops.errors import BudgetError
 from adapterops.ranks import Ranks
 
@@ -34,6 +34,7 @@ def uniform(chosen: Ranks, known: Known) -> int:
     tail = ranks.tails(known.spectra)
     rank = full
     if chosen.energy is not None:
+        check_reach(chosen.energy, tail, known.whole)
         rank = min(ranks.for_energy(tail, chosen.energy, known.whole), full)
     elif chosen.max_error is not None and tail[0] > 0:
         rank = _within(chosen.max_error, known, full)
@@ -91,6 +92,8 @@ def _within(max_error: float, known: Known, full: int) -> int:
     count = len(known.plan.modules)
     rank = _legal(min(ranks.smallest(tail, allowed), full), known)
     while True:
+        if certain([rank] * count, allowed, known):
+            return rank
         error = known.error_at([rank] * count)
         if error <= allowed:
             return rank
