@@ -61,7 +61,7 @@ class Layout:
     warnings: tuple[str, ...] = ()
 
 
-def output_path(out: str, dialect: str) -> tuple[str, bool, list[str]]:
+def output_path(out: str, dialect: str, name: str = "merged") -> tuple[str, bool, list[str]]:
     """The path to write, whether it is a directory, and notes about how it was understood."""
     if not out or "\0" in out:
         raise UsageError(f"the output {out!r} is no file name")
@@ -79,7 +79,7 @@ def output_path(out: str, dialect: str) -> tuple[str, bool, list[str]]:
             raise UsageError(f"the output {out!r} is the current folder; name a new one")
         return out, True, []
     inside = out.endswith(("/", os.sep)) or os.path.isdir(out)
-    path = os.path.join(out, "merged.safetensors") if inside else f"{out}.safetensors"
+    path = os.path.join(out, f"{name}.safetensors") if inside else f"{out}.safetensors"
     return path, False, [f"{dialect} is one file: writing {path}"]
 
 

@@ -30,6 +30,12 @@ from adapterops.serving.written import as_written
 from adapterops.stream import Compute
 
 FROBENIUS = Weighting()
+NAMES = {  # of a file in the folder that was given for it
+    "merge": "merged",
+    "compress": "compressed",
+    "convert": "converted",
+    "extract": "extracted",
+}
 _DEFAULTS = asdict(Ranks())
 
 

@@ -34,6 +34,7 @@ from adapterops.linalg import Spectrum
 from adapterops.options import compute, parse_size
 from adapterops.plan import Plan
 from adapterops.prepare import (
+    NAMES,
     Options,
     check_engine,
     dry_run,
@@ -121,7 +122,7 @@ def _save(
     inputs: Sequence[AdapterFile], weights: Sequence[float], options: Options, on: Compute
 ) -> Report | PlanReport:
     plan, legal = planned_for(inputs, weights, options)
-    out, directory, notes = output_path(options.out, plan.dialect)
+    out, directory, notes = output_path(options.out, plan.dialect, NAMES[options.verb])
     check_apart(Path(os.path.realpath(out)), inputs)
     name = weights_name(plan.dialect) if directory else os.path.basename(out)
     final = check_free(

@@ -13,7 +13,7 @@ import numpy as np
 
 from adapterops.activations import base_note, for_modules, open_activations
 from adapterops.basemodel import open_model
-from adapterops.errors import IncompatibleError, UsageError
+from adapterops.errors import IncompatibleError, NumericsError, UsageError
 from adapterops.formats.model import AdapterFile, Ref, Site
 from adapterops.plan import Weighting
 from adapterops.rebased.weights import weights
@@ -86,7 +86,14 @@ def _relative(
         missing = [stem for stem in _chosen(file, modules) if stem not in sizes]
         for stem, weight in weights(file, model, missing).items():
             sizes[stem] = _norm(weight.ref)
-            if sizes[stem] == 0.0 or not math.isfinite(sizes[stem]):
+            if not math.isfinite(sizes[stem]):
+                raise NumericsError(
+                    f"its weight {weight.ref.name!r} holds NaN or infinities",
+                    path=model.path,
+                    module=stem,
+                    hint="the file is damaged; leave the module out with --modules",
+                )
+            if sizes[stem] == 0.0:
                 raise IncompatibleError(
                     f"its weight {weight.ref.name!r} has the norm {sizes[stem]:g}: nothing is "
                     "relative to that",
@@ -117,7 +124,7 @@ def norm(ref: Ref) -> float:
     """‖W‖_F of a stored tensor, float64 sums over blocks that are read one by one."""
     width = ref.nbytes // max(1, math.prod(ref.shape))
     squares = []
-    for start in range(0, ref.nbytes, _BLOCK * width):
+    for start in range(0, ref.nbytes, max(1, _BLOCK * width)):
         size = min(_BLOCK * width, ref.nbytes - start)
         block = replace(
             ref,

@@ -1,7 +1,9 @@
 """Synthetic adapters for the benchmarks, written once into benchmarks/data.
 
-Values are seeded noise in which column j of B shrinks like 0.8^j, as trained adapters' spectra do.
-The 1,000 adapters are cut from a shared pool of noise and have four directions in common.
+Values are seeded noise in which column j of B shrinks like 0.8^j, as trained adapters' spectra do;
+like 0.95^j in the sets of rank 64, as image adapters' do, of which half of the rank loses a third.
+The 1,000 adapters are cut from a shared pool of noise and have four directions in common. The
+checkpoints are layers of Llama-7B in bfloat16 and the same after a change of rank 64 (0.85^j).
 `python benchmarks/data.py NAME…` writes the sets named, or all.
 """
 
@@ -27,7 +29,14 @@ LLAMA_7B = {
     "mlp.down_proj": (4096, 11008),
 }
 LLAMA_3B = {"self_attn.q_proj": (3072, 3072), "self_attn.v_proj": (1024, 3072)}
+LLAMA_1B = {
+    "self_attn.q_proj": (2048, 2048),
+    "self_attn.v_proj": (512, 2048),
+    "self_attn.o_proj": (2048, 2048),
+}
+LLAMA_SMALL = {name: (m // 8, n // 8) for name, (m, n) in LLAMA_7B.items()}
 FLEET = 1000
+_VOCABULARY = 64
 _SHARED = 4
 Shapes = dict[str, tuple[int, int]]
 Tensors = dict[str, np.ndarray]
@@ -58,6 +67,11 @@ def sdxl() -> Shapes:
     return shapes
 
 
+def _sdxl_narrow() -> Shapes:
+    """Its 640-wide blocks going down, 44 modules: small SVDs."""
+    return {stem: shape for stem, shape in sdxl().items() if "_down_blocks_1_" in stem}
+
+
 def _transformer_block(stem: str, width: int) -> Shapes:
     shapes = {f"{stem}_attn{i}_to_{x}": (width, width) for i in (1, 2) for x in ("q", "out_0")}
     shapes |= {f"{stem}_attn1_to_{x}": (width, width) for x in "kv"}
@@ -68,11 +82,13 @@ def _transformer_block(stem: str, width: int) -> Shapes:
     }
 
 
-def noise(rng: np.random.Generator, shape: tuple[int, int], rank: int) -> tuple[np.ndarray, ...]:
-    """B (m, r) and A (r, n) in float16 with a decaying spectrum."""
+def noise(
+    rng: np.random.Generator, shape: tuple[int, int], rank: int, decay: float = 0.8
+) -> tuple[np.ndarray, ...]:
+    """B (m, r) and A (r, n) in float16; column j of B shrinks like decay^j."""
     m, n = shape
-    decay = np.float32(0.05) * np.float32(0.8) ** np.arange(rank, dtype=np.float32)
-    B = rng.standard_normal((m, rank), np.float32) * decay
+    sizes = np.float32(0.05) * np.float32(decay) ** np.arange(rank, dtype=np.float32)
+    B = rng.standard_normal((m, rank), np.float32) * sizes
     A = rng.standard_normal((rank, n), np.float32) / np.float32(n**0.5)
     return B.astype(np.float16), A.astype(np.float16)
 
@@ -96,22 +112,22 @@ def _peft_tensors(stem: str, B: np.ndarray, A: np.ndarray) -> Tensors:
     return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
 
 
-def _pair(folder: Path, shapes: Shapes, rank: int) -> None:
-    for name in "ab":
+def _peft(folder: Path, shapes: Shapes, rank: int, names: str = "ab", decay: float = 0.8) -> None:
+    for name in names:
         rng = np.random.default_rng(ord(name))
         tensors: Tensors = {}
         for stem, shape in shapes.items():
-            tensors |= _peft_tensors(stem, *noise(rng, shape, rank))
+            tensors |= _peft_tensors(stem, *noise(rng, shape, rank, decay))
         write_peft(folder / name, tensors, rank)
 
 
-def _kohya_pair(folder: Path, shapes: Shapes, rank: int) -> None:
+def _kohya(folder: Path, shapes: Shapes, rank: int, names: str = "ab", decay: float = 0.8) -> None:
     folder.mkdir(parents=True)
-    for name in "ab":
+    for name in names:
         rng = np.random.default_rng(ord(name))
         tensors: Tensors = {}
         for stem, shape in shapes.items():
-            B, A = noise(rng, shape, rank)
+            B, A = noise(rng, shape, rank, decay)
             tensors |= {f"{stem}.lora_up.weight": B, f"{stem}.lora_down.weight": A}
             tensors[f"{stem}.alpha"] = np.array(rank / 2, np.float16)
         save_file(tensors, folder / f"{name}.safetensors")
@@ -137,15 +153,62 @@ def _fleet(folder: Path) -> None:
         write_peft(folder / f"tenant{index:04d}", tensors, rank)
 
 
+def _checkpoints(folder: Path, count: int, shapes: Shapes) -> None:
+    """base and tuned: every matrix moved by a planted change and rounded to bfloat16 again."""
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    hidden = shapes["self_attn.q_proj"][1]
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": shapes["mlp.up_proj"][0],
+        "num_attention_heads": hidden // 128,
+        "num_hidden_layers": count,
+        "vocab_size": _VOCABULARY,
+        "torch_dtype": "bfloat16",
+    }
+    rng = np.random.default_rng(7)
+    untouched = {
+        "model.embed_tokens.weight": (_VOCABULARY, hidden),
+        "lm_head.weight": (_VOCABULARY, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for index in range(count):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            untouched[f"model.layers.{index}.{norm}.weight"] = (hidden,)
+    base, tuned = {}, {}
+    for name, shape in untouched.items():
+        base[name] = torch.from_numpy(rng.standard_normal(shape, np.float32)).bfloat16()
+        tuned[name] = base[name]
+    for stem, shape in layers(count, shapes).items():
+        W = np.float32(0.02) * rng.standard_normal(shape, np.float32)
+        B, A = (factor.astype(np.float32) for factor in noise(rng, shape, 64, 0.85))
+        base[f"{stem}.weight"] = torch.from_numpy(W).bfloat16()
+        moved = base[f"{stem}.weight"].float() + torch.from_numpy(B @ A)
+        tuned[f"{stem}.weight"] = moved.bfloat16()
+    for name, state in (("base", base), ("tuned", tuned)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+        save_torch(state, folder / name / "model.safetensors", {"format": "pt"})
+
+
 SETS: dict[str, Callable[[Path], None]] = {
-    "small": lambda folder: _pair(folder, layers(1, {"self_attn.q_proj": (256, 256)}), 16),
-    "medium": lambda folder: _pair(folder, layers(1, {"self_attn.q_proj": (1024, 1024)}), 16),
-    "square": lambda folder: _pair(folder, layers(1, {"self_attn.q_proj": (4096, 4096)}), 16),
-    "10mb": lambda folder: _pair(folder, layers(28, LLAMA_3B), 16),
-    "7b": lambda folder: _pair(folder, layers(32, LLAMA_7B), 16),
-    "layers10": lambda folder: _pair(folder, layers(10, LLAMA_7B), 16),
-    "layers100": lambda folder: _pair(folder, layers(100, LLAMA_7B), 16),
-    "sdxl": lambda folder: _kohya_pair(folder, sdxl(), 32),
+    "small": lambda folder: _peft(folder, layers(1, {"self_attn.q_proj": (256, 256)}), 16),
+    "medium": lambda folder: _peft(folder, layers(1, {"self_attn.q_proj": (1024, 1024)}), 16),
+    "square": lambda folder: _peft(folder, layers(1, {"self_attn.q_proj": (4096, 4096)}), 16),
+    "10mb": lambda folder: _peft(folder, layers(28, LLAMA_3B), 16),
+    "7b": lambda folder: _peft(folder, layers(32, LLAMA_7B), 16),
+    "layers10": lambda folder: _peft(folder, layers(10, LLAMA_7B), 16),
+    "layers100": lambda folder: _peft(folder, layers(100, LLAMA_7B), 16),
+    "sdxl": lambda folder: _kohya(folder, sdxl(), 32),
+    "sdxl64": lambda folder: _kohya(folder, sdxl(), 64, "a", 0.95),
+    "sdxl64-quick": lambda folder: _kohya(folder, _sdxl_narrow(), 64, "a", 0.95),
+    "7b64": lambda folder: _peft(folder, layers(32, LLAMA_7B), 64, "a", 0.95),
+    "layers4-64": lambda folder: _peft(folder, layers(4, LLAMA_7B), 64, "a", 0.95),
+    "checkpoints": lambda folder: _checkpoints(folder, 2, LLAMA_7B),
+    "checkpoints-quick": lambda folder: _checkpoints(folder, 2, LLAMA_SMALL),
     "fleet": _fleet,
 }
 

@@ -17,7 +17,6 @@ from typing import Any
 import data
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from threadpoolctl import threadpool_limits
 
 from adapterops import Factors
@@ -37,6 +36,8 @@ class Attention(torch.nn.Module):
 
 def peft_model(raw: Raw) -> Any:
     """A one-layer model with both adapters loaded."""
+    from peft import LoraConfig, get_peft_model
+
     m, n = raw[0][0].shape[0], raw[0][1].shape[1]
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj"])
     model = get_peft_model(Attention(m, n), config, adapter_name="a")
@@ -81,6 +82,64 @@ def by_kohya(exact: np.ndarray, rank: int) -> np.ndarray:
     U, Vh = U[:, :rank] * S[:rank], Vh[:rank]
     limit = torch.quantile(torch.cat([U.flatten(), Vh.flatten()]), 0.99)
     return (U.clamp(-limit, limit) @ Vh.clamp(-limit, limit)).double().numpy()
+
+
+def kohya_resize(
+    B: np.ndarray, A: np.ndarray, rank: int, how: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """up (m, rank) and down (rank, n) in float32 as resize_lora of sd-scripts has them.
+
+    `svd` decomposes the dense up·down in full, with square singular vectors; `lowrank` is the
+    randomised route that sd-scripts takes where both sides are above 2048. All of σ goes into up.
+    """
+    dense = torch.from_numpy(B).float() @ torch.from_numpy(A).float()
+    if how == "lowrank":
+        U, S, V = torch.svd_lowrank(dense, q=min(2 * rank, *dense.shape), niter=2)
+        Vh = V.T
+    else:
+        U, S, Vh = torch.linalg.svd(dense)
+    return (U[:, :rank] @ torch.diag(S[:rank])).numpy(), Vh[:rank].numpy()
+
+
+def mergekit_extract(
+    base: torch.Tensor, tuned: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and A as mergekit-extract-lora has them, in the dtype of the checkpoints.
+
+    The difference is taken in that dtype, its thin SVD in float32, and √σ goes to each side.
+    """
+    delta = (tuned - base).float()
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    root = S[:rank].sqrt()
+    return (U[:, :rank] * root).to(base.dtype), (root[:, None] * Vh[:rank]).to(base.dtype)
+
+
+def sdxl_modules() -> data.Shapes:
+    """Linear layers in the attention blocks of SDXL's U-Net as diffusers builds it, by flat name.
+
+    The model (2,567,463,684 parameters) is built without memory for its weights.
+    """
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        model = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(5, 10, 20),
+            transformer_layers_per_block=(1, 2, 10),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    return {
+        "lora_unet_" + name.replace(".", "_"): (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".attentions." in name
+    }
 
 
 def exact_sum(raw: Raw) -> np.ndarray:

@@ -125,7 +125,7 @@ class TestHostile:
 
     def test_one_shard_is_no_model(self, tmp_path: Path):
         folder = checkpoints.write(tmp_path / "m", PLAIN, shards=2)
-        with pytest.raises(FormatError, match="one of several shards.*folder"):
+        with pytest.raises(FormatError, match=r"one of several shards.*folder"):
             open_model(folder / checkpoints.SHARD.format(1, 2))
 
     def test_a_tensor_that_the_index_has_elsewhere(self, tmp_path: Path):
@@ -140,7 +140,7 @@ class TestHostile:
         folder = checkpoints.write(tmp_path / "m", PLAIN, shards=2)
         second = folder / checkpoints.SHARD.format(2, 2)
         second.write_bytes((folder / checkpoints.SHARD.format(1, 2)).read_bytes())
-        with pytest.raises(FormatError, match="is in .*00001-of-00002.* too"):
+        with pytest.raises(FormatError, match=r"is in .*00001-of-00002.* too"):
             open_model(folder)
 
     def test_what_is_no_model(self, tmp_path: Path):

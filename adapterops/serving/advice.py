@@ -8,7 +8,7 @@ from types import MappingProxyType
 _OUT_OR_BAKE = "leave them out with --extras drop, or bake them into the base"
 _ONE_RANK = "write it anew at one rank: merge --rank same"
 _FOLD = "merge --rank same writes it anew with alpha = rank, the scale folded into the factors"
-_CONVERT_INIT = "convert it with PEFT's path_initial_model_for_weight_conversion"
+_CONVERT_INIT = "convert --base makes an ordinary LoRA of it"
 
 WAYS_OUT: Mapping[str, str] = MappingProxyType(
     {
@@ -20,7 +20,7 @@ WAYS_OUT: Mapping[str, str] = MappingProxyType(
         "adalora": "write it anew as a plain LoRA with merge",
         "merged-linear": "write it anew as a plain LoRA with merge",
         "deltas": "bake it into the base",
-        "dora": "bake it into the base and extract a LoRA from the result",
+        "dora": "convert --base makes a LoRA of it, at the rank or the error asked for",
         "lora-bias": "bake it into the base, or serve it with PEFT",
         "bias-config": _OUT_OR_BAKE,
         "bias-tensors": _OUT_OR_BAKE,
