@@ -34,6 +34,11 @@ bench: $(VENV)/dev  ## the README's figures, beside the peers
 	$(PY) benchmarks/many.py
 	$(PY) benchmarks/check.py
 	$(PY) benchmarks/diff.py
+	$(PY) benchmarks/resize.py
+	$(PY) benchmarks/compress.py
+	$(PY) benchmarks/extract.py
+	$(PY) benchmarks/allocation.py
+	$(PY) benchmarks/task_loss.py
 
 $(VENV)/core: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

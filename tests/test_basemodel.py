@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from adapterops.basemodel import open_model, same_bytes
-from adapterops.errors import FileError, FormatError, UnsafeFileError
+from adapterops.errors import FileError, FormatError, UnsafeFileError, UnsupportedError
 from adapterops.files import checkpoint
 from tests import checkpoints
 
@@ -151,6 +151,10 @@ class TestHostile:
             open_model(tmp_path)
         with pytest.raises(FormatError, match="pickle"):
             open_model(tmp_path / "pytorch_model.bin")
+
+    def test_gguf(self, tmp_path: Path):
+        with pytest.raises(UnsupportedError, match="GGUF"):
+            open_model(tmp_path / "model.gguf")
 
     def test_a_config_with_a_key_twice(self, tmp_path: Path):
         folder = checkpoints.write(tmp_path / "m", PLAIN)

@@ -537,7 +537,15 @@ class TestBadInput:
     def test_only_norms_differ(self, tmp_path: Path):
         plain = checkpoints.weights()
         changed = {k: v + 1 if "norm" in k else v for k, v in plain.items()}
-        self.refused(tmp_path, plain, changed, UnsupportedError, "only what is saved whole")
+        for options in ({}, {"vectors": "drop"}):
+            match = "no matrix is left.*norm.weight' differs"
+            self.refused(tmp_path, plain, changed, UnsupportedError, match, **options)
+
+    def test_nan_in_what_is_saved_whole(self, tmp_path: Path):
+        plain = checkpoints.weights()
+        changed = checkpoints.plus(plain, 2)
+        changed["model.layers.2.norm.weight"] = np.full(40, np.nan)
+        self.refused(tmp_path, plain, changed, NumericsError, "40 of 40 values of model.layers.2.n")
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path):

@@ -171,11 +171,17 @@ def open_model(path: str | os.PathLike[str]) -> BaseModel:
 
     `path` is a safetensors file, the index of shards, a model's folder, or a pipeline's. Links are
     followed. Raises FileError for what is missing or unreadable, FormatError for what is damaged,
-    incomplete or no model, UnsafeFileError for hostile names.
+    incomplete or no model, UnsafeFileError for hostile names, UnsupportedError for GGUF.
     """
     given = Path(path)
     tensors: dict[str, Ref] = {}
     identities = []
+    if given.suffix == ".gguf":
+        raise UnsupportedError(
+            "is a GGUF file, for which there is no reader here",
+            path=given,
+            hint="give the model that it was made from, in float16, bfloat16 or float32",
+        )
     found = checkpoint.model_files(given)
     if not found:
         raise _without_weights(given)

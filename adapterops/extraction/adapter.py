@@ -18,9 +18,10 @@ from adapterops.extraction.rounding import coarsest
 from adapterops.files.source import Source
 from adapterops.formats import diffusers, peft
 from adapterops.formats.model import AdapterFile, Layer, Ref, Site
-from adapterops.operators import Difference
+from adapterops.operators import Difference, check_finite
 from adapterops.stream import Compute, Job, run
 
+Progress = Callable[[str, int, int], None]
 _COMPARED = 8 << 20  # bytes that comparing two tensors needs
 _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
@@ -56,6 +57,7 @@ def difference(
     vectors: str,
     embeddings: str,
     on: Compute,
+    progress: Progress | None = None,
 ) -> Extraction:
     """tuned − base, tensor by tensor; reads no more than it takes to see which are equal.
 
@@ -65,7 +67,7 @@ def difference(
     check_policies(vectors, embeddings)
     wanted = _wanted(modules)
     every = pairs(base, tuned, wanted)
-    changed = _changed(every, on)
+    changed = _changed(every, on, progress)
     if not every:
         raise UsageError(
             f"--modules {modules!r} matches none of the modules as a whole",
@@ -81,7 +83,9 @@ def difference(
     dialect = "diffusers" if tuned.is_pipeline or part else "peft"
     named = [replace(pair, name=f"{part}.{pair.name}") for pair in changed] if part else changed
     fate = decide(named, every, tuned, dialect, vectors, embeddings)
-    sites = _sites(fate, tuned, dialect)
+    sites, extras = _sites(fate, tuned, dialect), _extras(fate, every)
+    for ref in extras.values():
+        check_finite(ref, ref.shape[0] if ref.shape else 1, ref.name.rpartition(".")[0])
     known = {pair.module for pair in every if len(pair.tuned.shape) > 1}
     differ = {pair.module for pair in changed}
     file = AdapterFile(
@@ -89,11 +93,11 @@ def difference(
         source=changed[0].tuned.source,
         dialect=dialect,
         sites=sites,
-        extras=_extras(fate, every),
+        extras=extras,
         tensors={pair.tuned.name: pair.tuned for pair, _ in fate.factors},
         config=_config(fate, sites, every, base) if dialect == "peft" else {},
         notes=_warnings(fate, base, tuned),
-        base=str(base.config.get("_name_or_path") or "") or base.name,
+        base=_called(base),
         identity=hashlib.sha256(f"{tuned.identity} {base.identity}".encode()).hexdigest(),
         files=tuple(dict.fromkeys((*tuned.files, *base.files))),
     )
@@ -122,10 +126,16 @@ def _owners(model: BaseModel) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in model.tensors))
 
 
-def _changed(every: Sequence[Pair], on: Compute) -> list[Pair]:
+def _changed(every: Sequence[Pair], on: Compute, progress: Progress | None) -> list[Pair]:
     """The pairs whose values differ somewhere."""
     jobs = (Job(pair.name, differs, (pair,), _COMPARED) for pair in every)
-    return [pair for pair, differ in zip(every, run(jobs, on), strict=True) if differ]
+    found = []
+    for done, (pair, differ) in enumerate(zip(every, run(jobs, on), strict=True), start=1):
+        if differ:
+            found.append(pair)
+        if progress:
+            progress("comparing", done, len(every))
+    return found
 
 
 def differs(pair: Pair) -> bool:
@@ -269,6 +279,12 @@ def _warnings(fate: Fate, base: BaseModel, tuned: BaseModel) -> tuple[str, ...]:
     if all(kinds) and kinds[0] != kinds[1]:
         result.append(f"{base.path} is a {kinds[0]}, {tuned.path} a {kinds[1]}")
     return tuple(result)
+
+
+def _called(model: BaseModel) -> str:
+    """What loaders call the base: the name it was saved under, unless that is a path of its own."""
+    named = str(model.config.get("_name_or_path") or "")
+    return model.name if not named or named.startswith(("/", "~", ".")) or "\\" in named else named
 
 
 def _last(name: str) -> str:

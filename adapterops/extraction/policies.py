@@ -73,10 +73,10 @@ def decide(
             fate.factors.append((pair, kind))
     _refuse(unknown)
     _vectors(lengths, ranks, dialect, vectors, fate)
-    if fate.modules and not fate.factors:
+    if not fate.factors:
         raise UnsupportedError(
-            f"only what is saved whole differs ({fate.modules[0]!r} is one): PEFT loads no adapter "
-            "without a LoRA in it"
+            f"no matrix is left to make factors of ({changed[0].name!r} differs): PEFT loads no "
+            "adapter without a LoRA in it"
         )
     return fate
 

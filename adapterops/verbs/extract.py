@@ -83,6 +83,7 @@ def extract(
             vectors=vectors,
             embeddings=embeddings,
             on=compute(device, memory, jobs),
+            progress=progress,
         )
         report = save_sum(
             [found.file],
