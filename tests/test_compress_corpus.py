@@ -385,7 +385,7 @@ class TestCloneofsimo:
 
         listed = torch.load(file, "cpu", weights_only=True)
         names = [f"list:{n // 2}:{'down' if n % 2 else 'up'}" for n in range(len(listed))]
-        return {name: value.numpy() for name, value in zip(names, listed, strict=True)}
+        return {name: value.detach().numpy() for name, value in zip(names, listed, strict=True)}
 
     @classmethod
     def deltas(cls, file: Path) -> dict[str, np.ndarray]:

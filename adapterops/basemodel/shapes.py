@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -102,3 +103,8 @@ def _is_pipeline(shapes: Mapping[str, Shape]) -> bool:
 def leaf(path: str) -> str:
     """The last part of a module path."""
     return path.rpartition(".")[2]
+
+
+def digest(base: Base) -> str:
+    """What identifies a base where only its shapes matter."""
+    return hashlib.sha256(repr(sorted(base.shapes.items())).encode()).hexdigest()

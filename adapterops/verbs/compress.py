@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from adapterops.adapter import Adapter
+from adapterops.basemodel.shapes import digest, load
 from adapterops.certificate import PlanReport, Report
 from adapterops.errors import UsageError
 from adapterops.inputs import open_one
@@ -14,6 +15,26 @@ from adapterops.linalg import Form
 from adapterops.save import save_sum
 from adapterops.scaling import Scaling
 from adapterops.weighting import Metric, weighting_for
+
+_RULES = ("sv_ratio", "sv_fro", "sv_cumulative")
+_CHANGES = ("rank", "energy", "max_error", "size", "ratio", *_RULES, "engine", "to")
+_AS_IT_IS = {"form": "balanced", "scaling": "folded", "dtype": "keep"}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise UsageError for options of `compress`, by name, that suit no adapter."""
+    same = all(options.get(name, usual) == usual for name, usual in _AS_IT_IS.items())
+    if same and not options.get("ragged") and all(options.get(n) is None for n in _CHANGES):
+        raise UsageError(
+            "nothing to do: no target, form, dtype or engine was given",
+            hint="for example --max-error 0.05, --rank 16, --ratio 0.5 or --engine vllm",
+        )
+    several = options.get("ragged") or options.get("allocate") == "global"
+    if options.get("engine") and (several or any(options.get(n) is not None for n in _RULES)):
+        raise UsageError(
+            f"--engine {options['engine']} serves one rank for all modules; --ragged, --allocate "
+            "global and the --sv rules make several"
+        )
 
 
 def compress(
@@ -90,22 +111,12 @@ def compress(
     Raises:
         AdapterOpsError: one of the tree in `adapterops.errors`; nothing is written then.
     """
-    rules = (sv_ratio, sv_fro, sv_cumulative)
-    wanted = (rank, energy, max_error, size, ratio, *rules, ragged or None, engine, to)
-    kept = (form, scaling, dtype) == ("balanced", "folded", "keep")
-    if kept and all(each is None for each in wanted):
-        raise UsageError(
-            "nothing to do: no target, form, dtype or engine was given",
-            hint="for example --max-error 0.05, --rank 16, --ratio 0.5 or --engine vllm",
-        )
-    if engine and (ragged or allocate == "global" or any(rule is not None for rule in rules)):
-        raise UsageError(
-            f"--engine {engine} serves one rank for all modules; --ragged, --allocate global and "
-            "the --sv rules make several"
-        )
+    check_options(locals())
     opened = open_one(adapter, alpha=alpha, allow_pickle=allow_pickle)
     weights, files = zip(*opened.terms, strict=True)
     chosen, recorded = weighting_for(files, metric, base, activations, modules)
+    if engine and base is not None:  # it tells which modules are added as zeros
+        recorded["shapes"] = digest(load(os.fspath(base)))
     return save_sum(
         files,
         weights,

@@ -24,6 +24,7 @@ from adapterops.formats.names import DIRECTORIES
 from adapterops.options import compute, parse_size
 from adapterops.ranks import Ranks
 from adapterops.stream import keep_freed_memory
+from adapterops.verbs.compress import check_options, compress
 from adapterops.verbs.results import ManyReport, Result, document, recorded_document
 
 Verb = Callable[..., Report | PlanReport]
@@ -67,6 +68,8 @@ def many(
     outputs of one name.
     """
     out = os.fspath(out)
+    if verb is compress:
+        check_options(options)
     _check(options)
     found = [each for each in adapters if isinstance(each, Item)]
     paths = [each for each in adapters if not isinstance(each, Item)]
