@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from adapterops.certificate import Report
 
+_TITLES = {
+    "merge": ("Merged LoRA adapter", "A weighted sum of adapters, ΔW = Σ wᵢ·ΔWᵢ"),
+    "compress": ("Compressed LoRA adapter", "An adapter at another rank or in another form"),
+    "convert": (
+        "Converted LoRA adapter",
+        "An adapter in another dialect, kind or scale",
+    ),
+    "extract": ("Extracted LoRA adapter", "The difference of two checkpoints of one model"),
+}
+
 
 def model_card(report: Report) -> str:
     """README.md of an output directory, with the front matter that hubs read."""
@@ -12,8 +22,9 @@ def model_card(report: Report) -> str:
     floor = report.floor / report.norm if report.norm else 0.0
     if bases:
         lines.append(f"base_model: {_yaml(bases[0])}")
-    lines += ["tags:", "- lora", "- merge", "- adapterops", "---", "", "# Merged LoRA adapter", ""]
-    lines += ["A weighted sum of adapters, ΔW = Σ wᵢ·ΔWᵢ, made by adapterops.", ""]
+    title, made = _TITLES[report.verb]
+    lines += ["tags:", "- lora", f"- {report.verb}", "- adapterops", "---", "", f"# {title}", ""]
+    lines += [f"{made}, made by adapterops.", ""]
     lines += ["| input | weight | rank | share | retained | sha256 |", "|---|---|---|---|---|---|"]
     for item in report.inputs:
         share = "–" if item.share is None else f"{item.share:.1%}"
@@ -24,7 +35,8 @@ def model_card(report: Report) -> str:
         )
     lines += [
         "",
-        f"Rank {report.rank}, stored as {report.dtype}. Relative to the exact sum the error is "
+        f"Rank {report.rank}, stored as {report.dtype}. Relative to what it was made from, the "
+        "error is "
         f"{bounded(report.error, floor)} (cut off {bounded(report.truncation, floor)}, number "
         f"format {bounded(report.storage, floor)}), measured on the bytes of this file; "
         "`adapterops.json` has every module.",

@@ -37,19 +37,22 @@ def one_file_metadata(plan: Plan) -> tuple[dict[str, str], list[str]]:
     return metadata, warnings
 
 
+def says_ranks(plan: Plan) -> bool:
+    """Whether the output's dialect can say that modules differ in rank."""
+    if plan.dialect == "diffusers":
+        return all(diffusers.component(module.stem) for module in plan.modules)
+    return plan.dialect in ("peft", "kohya", "cloneofsimo")
+
+
 def check_ranks(plan: Plan) -> None:
     """Raise UsageError where modules of different rank cannot be said in the output's dialect."""
     ranks = {module.kept for module in plan.written}
-    if len(ranks) < 2 or plan.dialect in ("peft", "kohya", "cloneofsimo"):
-        return
-    named = all(diffusers.component(module.stem) for module in plan.written)
-    if plan.dialect == "diffusers" and named:
-        return
-    raise UsageError(
-        f"ranks from {min(ranks)} to {max(ranks)}: loaders of {plan.dialect} files take one rank "
-        "for all modules",
-        hint="leave --ragged and --allocate away, or write --to peft or kohya",
-    )
+    if len(ranks) > 1 and not says_ranks(plan):
+        raise UsageError(
+            f"ranks from {min(ranks)} to {max(ranks)}: loaders of {plan.dialect} files take one "
+            "rank for all modules",
+            hint="leave --ragged and --allocate away, or write --to peft or kohya",
+        )
 
 
 def alpha(module: Module, plan: Plan) -> float:

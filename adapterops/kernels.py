@@ -99,8 +99,13 @@ def _without_scale(module: Module) -> Module:
     """The module whose factors are stored: what its loader multiplies by the scale."""
     if module.scale == 1.0:
         return module
-    parts = (replace(p, coefficient=p.coefficient / module.scale) for p in module.parts)
+    parts = (replace(p, coefficient=_near_one(p.coefficient / module.scale)) for p in module.parts)
     return replace(module, parts=tuple(parts), scale=1.0)
+
+
+def _near_one(quotient: float) -> float:
+    """1 where a scale that went through alpha and back is off by its last bits."""
+    return 1.0 if abs(quotient - 1.0) <= 4 * linalg.EPSILON else quotient
 
 
 def measures(modules: Sequence[Module]) -> list[tuple[str, Figures]]:

@@ -45,7 +45,7 @@ class Options:
 
     `verb` is what made it and `recorded` what of the verb's own options decides its tensors.
     `weighting` is what error is measured in. `base` tells the shapes of modules that `engine` needs
-    and the inputs lack.
+    and the inputs lack. `left_out` are tensors of the inputs that a policy drops.
     """
 
     out: str
@@ -62,6 +62,7 @@ class Options:
     extras: str = "error"
     dtype: str = "keep"
     to: str | None = None
+    left_out: tuple[str, ...] = ()
     overwrite: bool = False
     strict: bool = False
     dry_run: bool = False
@@ -121,8 +122,9 @@ def check_engine(
 
 def is_copy(plan: Plan, options: Options) -> bool:
     """One adapter with coefficient 1, nothing cut, no other format: its bytes are the result."""
+    keeps_kinds = options.verb == "merge" and plan.dialect not in DIRECTORIES
     return (
-        options.ranks == Ranks()
+        options.ranks in (Ranks(), Ranks(as_stored=True))
         and (options.form, options.engine) == ("balanced", None)
         and options.scaling != "rslora"
         and options.dtype == "keep"
@@ -130,7 +132,7 @@ def is_copy(plan: Plan, options: Options) -> bool:
         and all(
             len(module.parts) == 1
             and module.parts[0].coefficient == module.parts[0].site.scale
-            and (module.parts[0].site.kind == "lora" or plan.dialect not in DIRECTORIES)
+            and (module.parts[0].site.kind == "lora" or keeps_kinds)
             and "base" not in module.parts[0].site.parts
             for module in plan.modules
         )

@@ -26,7 +26,8 @@ class Ranks:
 
     `energy` is the share of Σσ² to keep, `max_error` the relative error as written, `size` bytes of
     the weights file, `ratio` the share of the inputs' parameters: all of the whole adapter, which
-    gets one uniform rank. `ragged` applies the target to each module by itself, `allocate` "global"
+    gets one uniform rank. Without a target, `as_stored` keeps every column, also those that add
+    nothing. `ragged` applies the target to each module by itself, `allocate` "global"
     spends directions over all modules where they save most. `floor` and `ceiling` bound every
     module's rank.
 
@@ -47,6 +48,7 @@ class Ranks:
     ragged: bool = False
     floor: int | None = None
     ceiling: int | None = None
+    as_stored: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in (*_TARGETS, *_KOHYA) if getattr(self, name) is not None]
@@ -100,7 +102,7 @@ class Ranks:
     @property
     def needs_spectra(self) -> bool:
         """Whether singular values of the whole adapter must be known before anything is written."""
-        return self.target not in ("rank", "ratio") or self.is_ragged
+        return not self.as_stored and (self.target not in ("rank", "ratio") or self.is_ragged)
 
 
 def _is_count(value: object) -> bool:

@@ -77,6 +77,7 @@ def save_sum(
     ragged: bool = False,
     min_rank: int | None = None,
     max_rank: int | None = None,
+    as_stored: bool = False,
     device: str = "auto",
     memory: str | int | None = None,
     jobs: int | None = None,
@@ -96,6 +97,7 @@ def save_sum(
         ragged=ragged,
         floor=min_rank,
         ceiling=max_rank,
+        as_stored=as_stored,
     )
     how = Options(os.fspath(out), chosen, **options)
     return save(files, weights, how, compute(device, memory, jobs))
@@ -195,7 +197,7 @@ def _save(
     if options.strict and warnings:
         raise IncompatibleError(f"--strict: {warnings[0]}")
     hints = _hints(plan, spectra, whole, legal)
-    described = extras_by_name(extras, dropped)
+    described = extras_by_name(extras, [*dropped, *options.left_out])
     if legal:
         notes += check_engine(legal, form, name, directory=directory, side_files=tuple(travelling))
     if options.dry_run:

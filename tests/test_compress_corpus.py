@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 import adapterops as ao
 from adapterops.certificate import Report
+from tests.peft_models import quiet
 from tests.support import load_file
 from tests.test_corpus import FAMILIES
 from tests.test_kinds_peft import merged_linear
@@ -27,7 +28,8 @@ from tests.test_mlx import Mlx, qwen
 
 WEIGHTS = "adapter_model.safetensors"
 EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"
-Deltas = Mapping[str, np.ndarray]
+Deltas = Mapping[str, Any]  # of Low, or of dense matrices
+EXAMPLE_NAMES = ("code-seed0", "code-seed1", "docs-seed0", "docs-seed1")
 OPTIONS: dict[str, dict[str, Any]] = {
     "uniform, error": {"max_error": 0.1},
     "uniform, rank": {"rank": 2},
@@ -36,6 +38,44 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ragged": {"max_error": 0.1, "ragged": True},
     "sv_fro, bfloat16": {"sv_fro": 0.99, "dtype": "bfloat16"},
 }
+
+
+@dataclass(frozen=True)
+class Low:
+    """B·A in float64, whose norm needs no dense matrix: ‖R_B·R_Aᵀ‖ of two QR decompositions."""
+
+    B: np.ndarray
+    A: np.ndarray
+
+    def __sub__(self, other: Any) -> Any:
+        if isinstance(other, Low):
+            return Low(np.hstack([self.B, -other.B]), np.vstack([self.A, other.A]))
+        return self.B @ self.A - other
+
+    def norm(self) -> float:
+        upper_b, upper_a = (np.linalg.qr(side, mode="r") for side in (self.B, self.A.T))
+        return float(np.linalg.norm(upper_b @ upper_a.T))
+
+
+def norm(delta: Any) -> float:
+    return delta.norm() if isinstance(delta, Low) else float(np.linalg.norm(delta))
+
+
+def loaded_low(layer: Any) -> Low:
+    """What a LoRA layer of PEFT adds: its scaling, B and A, as they are in the model."""
+    [name] = layer.scaling
+    B, A = (side[name].weight.detach().double().numpy() for side in (layer.lora_B, layer.lora_A))
+    return Low(layer.scaling[name] * B.reshape(len(B), -1), A.reshape(len(A), -1))
+
+
+def test_the_norm_of_a_product() -> None:
+    rng = np.random.default_rng(1)
+    one, two = (Low(rng.standard_normal((9, r)), rng.standard_normal((r, 7))) for r in (2, 3))
+    dense = one.B @ one.A - two.B @ two.A
+    assert norm(one - two) == pytest.approx(norm(dense), rel=1e-13)
+    assert norm(one - two.B @ two.A) == pytest.approx(norm(dense), rel=1e-13)
+
+
 by_options = pytest.mark.parametrize("options", OPTIONS)
 
 
@@ -46,8 +86,8 @@ def assert_reported(report: Report, before: Deltas, after: Deltas, stem: Any = s
     sizes, losses = [], []
     for name, value in before.items():
         module = report.modules[stem(name)]
-        size = float(np.linalg.norm(value))
-        lost = float(np.linalg.norm(after[name] - value)) if name in after else size
+        size = norm(value)
+        lost = norm(after[name] - value) if name in after else size
         assert (name in after) == (module.rank > 0)
         if size:
             assert module.error == pytest.approx(lost / size, rel=1e-5, abs=1e-8), name
@@ -100,26 +140,27 @@ def bases() -> dict[str, Any]:
     return {agnews: roberta(4, 3072), portuguese: roberta(5, 8)}
 
 
-def peft_state(base: Any, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def peft_state(base: Any, folder: Path) -> tuple[dict[str, Low], dict[str, Any]]:
     """ΔW of each layer as PEFT loads an adapter, and everything else that is in the model then."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*original_module|.*modules_to_save")
+    with quiet():
         loaded = PeftModel.from_pretrained(base, str(folder))
     deltas = {}
     for name, layer in loaded.named_modules():
         if isinstance(layer, LoraLayer) and "default" in layer.scaling:
-            layer.lora_A.double(), layer.lora_B.double()
-            stem = name.removeprefix("base_model.model.")
-            deltas[stem] = layer.get_delta_weight("default").detach().numpy()
+            assert not getattr(layer, "fan_in_fan_out", False)
+            deltas[name.removeprefix("base_model.model.")] = loaded_low(layer)
     rest = {
         name.replace(".base_layer", "").replace("base_model.model.", ""): value.clone()
         for name, value in loaded.state_dict().items()
-        if "lora_" not in name and ("bias" in name or "classifier" in name)
+        if "lora_" not in name
+        and ("bias" in name or "classifier" in name)
+        and "original_module" not in name  # the base's own, which unloading changes
     }
     loaded.unload()
+    vars(base).pop("peft_config", None)
     return deltas, rest
 
 
@@ -171,6 +212,22 @@ class TestRoberta:
         assert rest.keys() == kept.keys()
         assert not [name for name, value in rest.items() if not value.equal(kept[name])]
 
+    def test_biases_of_dropped_modules(
+        self, corpus: Path, originals: dict[Path, Any], tmp_path: Path
+    ) -> None:
+        """`bias: all` trained those of the layers that a global allocation leaves out, too."""
+        pytest.importorskip("peft")
+        family = next(iter(FAMILIES))
+        source = corpus / family / "checkpoint-500"
+        report = ao.compress(source, out=tmp_path / "c", ratio=0.12, allocate="global")
+        assert report.dropped
+        if source not in originals:
+            originals[source] = peft_state(bases()[family], source)
+        before, rest = originals[source]
+        after, kept = peft_state(bases()[family], tmp_path / "c")
+        assert_reported(report, before, after)
+        assert not [name for name, value in rest.items() if not value.equal(kept[name])]
+
     @by_options
     @pytest.mark.parametrize("family", FAMILIES)
     def test_every_option(
@@ -206,9 +263,13 @@ llama = cache(llama_like)
 
 
 class TestExamples:
-    @by_options
     @pytest.mark.parametrize(
-        "name", ["code-seed0", "code-seed1", "docs-seed0", "docs-seed1"]
+        ("name", "options"),
+        [
+            *((name, "uniform, error") for name in EXAMPLE_NAMES),
+            *((name, "global, ratio") for name in EXAMPLE_NAMES),
+            *(("code-seed0", each) for each in OPTIONS if each[:6] not in ("unifor", "global")),
+        ],
     )
     def test_every_adapter(
         self, name: str, options: str, originals: dict[Path, Any], tmp_path: Path
@@ -234,34 +295,39 @@ class TestExamples:
 ATTENTION = "catundchat__stable-diffusion-v1.5-lora/pytorch_lora_weights"
 
 
-def unet_deltas(file: Path) -> dict[str, np.ndarray]:
-    """ΔW of each layer of an SD 1.x U-Net as diffusers loads a file; only factors get memory."""
+@cache
+def unet() -> Any:
+    """An SD 1.x U-Net whose weights nobody looks at, and which therefore take no memory."""
     import torch
     from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        host = UNet2DConditionModel(cross_attention_dim=768)
+    return host.to_empty(device="cpu")
+
+
+def unet_deltas(file: Path) -> dict[str, Low]:
+    """ΔW of each layer of an SD 1.x U-Net as diffusers loads a file."""
     from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
     from peft.tuners.lora import LoraLayer
 
     from tests.image_models import strict
 
-    with torch.device("meta"):
-        host = UNet2DConditionModel(cross_attention_dim=768)
+    host = unet()
     with strict():
         state, alphas, metadata = Loader.lora_state_dict(
             str(file.parent), weight_name=file.name, return_lora_metadata=True
         )
-        Loader.load_lora_into_unet(
-            state, network_alphas=alphas, unet=host, metadata=metadata, low_cpu_mem_usage=True
-        )
+        Loader.load_lora_into_unet(state, network_alphas=alphas, unet=host, metadata=metadata)
     result = {}
     for name, layer in host.named_modules():
         if isinstance(layer, LoraLayer):
-            [adapter] = layer.scaling
-            layer.lora_A.double(), layer.lora_B.double()
-            result[name] = layer.get_delta_weight(adapter).detach().numpy()
+            result[name] = loaded_low(layer)
+    host.unload_lora()
     return result
 
 
-def processors(path: Path) -> dict[str, np.ndarray]:
+def processors(path: Path) -> dict[str, Low]:
     """ΔW of an old attention processor file by its own names, scale 1."""
     import torch
 
@@ -275,12 +341,14 @@ def processors(path: Path) -> dict[str, np.ndarray]:
             block, _, leaf = name.removesuffix("_lora.up.weight").rpartition(".processor.")
             module = f"{block}.{leaf}" + (".0" if leaf == "to_out" else "")
             down = state[name.replace(".up.", ".down.")].astype(float)
-            result[module.removeprefix("unet.")] = up.astype(float) @ down
+            result[module.removeprefix("unet.")] = Low(up.astype(float), down)
     return result
 
 
 class TestDiffusers:
-    @pytest.mark.parametrize("options", [*OPTIONS, "half the error"])
+    @pytest.mark.parametrize(
+        "options", ["uniform, error", "global, ratio", "sv_fro, bfloat16", "half"]
+    )
     @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
     def test_both_files(self, suffix: str, options: str, corpus: Path, tmp_path: Path) -> None:
         """Image adapters are full: an error of 0.1 takes all four directions."""
@@ -316,7 +384,7 @@ class TestMlx:
         after = Mlx(tmp_path / "c", qwen()).deltas
         assert_targets_met(report, assert_reported(report, before, after), OPTIONS[options])
 
-    @by_options
+    @pytest.mark.parametrize("options", ["uniform, error", "global, ratio", "ragged"])
     def test_to_peft(self, options: str, corpus: Path, tmp_path: Path) -> None:
         """Loaded by PEFT into a Qwen2; `scale` 10 is in the factors, alpha is the rank."""
         pytest.importorskip("peft")
@@ -338,7 +406,7 @@ class TestMlx:
 
 
 class TestBloom:
-    @by_options
+    @pytest.mark.parametrize("options", ["uniform, error", "global, ratio", "sv_fro, bfloat16"])
     def test_merged_linear_becomes_a_plain_lora(
         self, options: str, corpus: Path, tmp_path: Path
     ) -> None:
@@ -346,8 +414,6 @@ class TestBloom:
         import torch
 
         pytest.importorskip("peft")
-        from peft import PeftModel
-        from peft.tuners.lora import LoraLayer
         from transformers import BloomConfig, BloomForCausalLM
 
         source = corpus / "wujindou__BLOOM-LORA"
@@ -363,14 +429,7 @@ class TestBloom:
             host = BloomForCausalLM(
                 BloomConfig(hidden_size=1024, n_layer=24, n_head=16, vocab_size=16)
             )
-        loaded = PeftModel.from_pretrained(host, str(tmp_path / "c"), low_cpu_mem_usage=True)
-        after = {}
-        for name, layer in loaded.named_modules():
-            if isinstance(layer, LoraLayer):
-                assert not layer.fan_in_fan_out
-                layer.lora_A.double(), layer.lora_B.double()
-                stem = name.removeprefix("base_model.model.")
-                after[stem] = layer.get_delta_weight("default").detach().numpy()
+        after, _ = peft_state(host.to_empty(device="cpu"), tmp_path / "c")
         assert_targets_met(report, assert_reported(report, before, after), OPTIONS[options])
 
 
@@ -388,7 +447,7 @@ class TestCloneofsimo:
         return {name: value.detach().numpy() for name, value in zip(names, listed, strict=True)}
 
     @classmethod
-    def deltas(cls, file: Path) -> dict[str, np.ndarray]:
+    def deltas(cls, file: Path) -> dict[str, Low]:
         """up · down, scale 1."""
         tensors = cls.tensors(file)
         result = {}
@@ -396,11 +455,11 @@ class TestCloneofsimo:
             stem, end, _ = name.partition(":up")
             if end:
                 down = tensors[f"{stem}:down"].astype(float)
-                product = up.astype(float).reshape(len(up), -1) @ down.reshape(len(down), -1)
-                result[stem] = product
+                flat = up.astype(float).reshape(len(up), -1)
+                result[stem] = Low(flat, down.reshape(len(down), -1))
         return result
 
-    @by_options
+    @pytest.mark.parametrize("options", ["uniform, rank", "global, ratio", "sv_fro, bfloat16"])
     @pytest.mark.parametrize("name", FILES)
     def test_in_its_own_dialect(
         self, name: str, options: str, corpus: Path, tmp_path: Path
@@ -422,7 +481,9 @@ class TestCloneofsimo:
         for stem, module in report.modules.items():
             assert told.get(f"{stem}:rank") == (str(module.rank) if module.rank else None)
         plain = [n for n in self.tensors(source) if not n.endswith((":up", ":down"))]
-        assert sorted(plain) == sorted(n for n in load_file(out) if not n.endswith((":up", ":down")))
+        assert sorted(plain) == sorted(
+            n for n in load_file(out) if not n.endswith((":up", ":down"))
+        )
         for each in plain:
             np.testing.assert_array_equal(load_file(out)[each], self.tensors(source)[each])
             assert told[each] == "<embed>"

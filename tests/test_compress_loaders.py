@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 
 import adapterops as ao
 from adapterops.certificate import Report
-from adapterops.errors import UsageError
+from adapterops.errors import AdapterOpsError, UsageError
 from tests.dialects import DIFFUSERS, Diffusers
 from tests.support import distance, load_file
 
@@ -304,9 +305,7 @@ class TestBiases:
         """lora_bias: ΔW of `linear` is zero, its shift is not; the report speaks of no loss."""
         config = {"r": 4, "lora_alpha": 6, "lora_bias": True}
         folder = models.trained(tmp_path / "a", 1, target_modules=["linear", "head"], **config)
-        rewritten(
-            folder / WEIGHTS, lambda name, v: 0 * v if "linear.lora_B.weight" in name else v
-        )
+        rewritten(folder / WEIGHTS, lambda name, v: 0 * v if "linear.lora_B.weight" in name else v)
         before = models.deltas(models.reloaded(folder))
         assert np.linalg.norm(before["linear.bias"]) > 0.1
         report = ao.compress(folder, out=tmp_path / "c", **options)
@@ -322,9 +321,7 @@ class TestBiases:
         folder = models.trained(
             tmp_path / "a", 1, r=4, lora_alpha=6, target_modules=["linear", "head"], bias=bias
         )
-        rewritten(
-            folder / WEIGHTS, lambda name, v: 1e-6 * v if "linear.lora_B" in name else v
-        )
+        rewritten(folder / WEIGHTS, lambda name, v: 1e-6 * v if "linear.lora_B" in name else v)
         report = ao.compress(folder, out=tmp_path / "c", ratio=0.5, allocate="global")
         assert "linear" in report.dropped and "head" not in report.dropped
         found = []
@@ -341,6 +338,29 @@ class TestBiases:
         wrong = [name for name in found[0] if not np.array_equal(found[0][name], found[1][name])]
         assert not wrong
 
+    def test_a_resized_embedding_that_is_no_longer_adapted(
+        self, models: Any, tmp_path: Path
+    ) -> None:
+        """PEFT saves an adapted embedding's base weight, for training may have added tokens."""
+        folder = models.trained(
+            tmp_path / "a", 1, "llama", r=4, lora_alpha=6, target_modules=["embed_tokens", "q_proj"]
+        )
+        saved = "base_model.model.model.embed_tokens.base_layer.weight"
+
+        def change(name: str, value: np.ndarray) -> np.ndarray:
+            if name == saved:
+                return value + 1.0
+            return 1e-6 * value if name.endswith("embedding_B") else value
+
+        rewritten(folder / WEIGHTS, change)
+        report = ao.compress(folder, out=tmp_path / "c", ratio=0.4, allocate="global")
+        assert report.dropped == ("model.embed_tokens",) and report.extras == {saved: "copied"}
+        weights = []
+        for each in (folder, tmp_path / "c"):
+            layer = models.reloaded(each, "llama").base_model.model.model.embed_tokens
+            weights.append(getattr(layer, "base_layer", layer).weight.detach().numpy())
+        np.testing.assert_array_equal(*weights)
+
     def test_trained_biases_where_nothing_is_dropped(self, models: Any, tmp_path: Path) -> None:
         folder = models.trained(
             tmp_path / "a", 1, r=4, lora_alpha=6, target_modules=["linear", "head"], bias="all"
@@ -356,6 +376,25 @@ class TestBiases:
             for each in (folder, tmp_path / "c")
         )
         assert len(one) >= 8 and all(np.array_equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "options", [{"ragged": True}, {"sv_fro": 0.9}, {"rank": 2, "ragged": True}], ids=str
+)
+def test_an_adapter_of_zeros_stays_loadable(
+    options: dict[str, Any], models: Any, tmp_path: Path
+) -> None:
+    """Published as results, and what every fresh adapter is; a file without factors is none."""
+    folder = models.trained(tmp_path / "a", 1, r=4, lora_alpha=6, target_modules=["linear", "head"])
+    rewritten(folder / WEIGHTS, lambda name, v: 0 * v if "lora_B" in name else v)
+    try:
+        ao.compress(folder, out=tmp_path / "c", **options)
+    except AdapterOpsError:
+        assert not (tmp_path / "c").exists()
+        return
+    after = models.deltas(models.reloaded(tmp_path / "c"))
+    assert not any(value.any() for value in after.values())
+    assert ao.open_adapter(tmp_path / "c") is not None
 
 
 class TestSharedRanks:
@@ -445,7 +484,10 @@ class TestExperts:
 
         model, folder, before = experts[case]
         report = ao.compress(folder, out=tmp_path / "c", **options)
-        after = test_moe.deltas(model, tmp_path / "c")
+        with warnings.catch_warnings():
+            if report.dropped:  # the next test's concern
+                warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            after = test_moe.deltas(model, tmp_path / "c")
         for name, module in report.modules.items():
             if not module.rank:  # PEFT wraps all the parameters of a module that it wraps at all
                 assert not np.any(after.pop(name, np.zeros(1)))
@@ -455,6 +497,20 @@ class TestExperts:
             assert report.modules[f"{name.partition('[')[0]}[0]" if "[" in name else name].rank == (
                 module.rank
             )
+
+    def test_experts_that_are_left_out_are_no_targets(self, tmp_path: Path) -> None:
+        """A short name of a parameter takes in every layer; PEFT then misses their factors."""
+        moe = pytest.importorskip("tests.test_moe")
+        model, config = moe.CASES["one parameter"]
+        folder = moe.saved(model, tmp_path / "a", r=3, lora_alpha=4, **config)
+        rewritten(
+            folder / WEIGHTS, lambda name, v: 1e-6 * v if "layers.1" in name and "_B" in name else v
+        )
+        before = moe.deltas(model, folder)
+        report = ao.compress(folder, out=tmp_path / "c", ratio=0.5, allocate="global")
+        assert report.dropped == tuple(f"layers.1.experts[{index}]" for index in range(3))
+        after = moe.deltas(model, tmp_path / "c")  # warnings are errors
+        assert_kept(report, before, {n: v for n, v in after.items() if n not in report.dropped})
 
 
 # ---- diffusers -----------------------------------------------------------------------------------
@@ -498,9 +554,7 @@ class TestDiffusers:
     @pytest.mark.parametrize(
         "case", COMPONENTS, ids=[f"{each.component}-{each.kind}" for each in COMPONENTS]
     )
-    def test_reloaded(
-        self, case: Diffusers, options: str, images: Any, tmp_path: Path
-    ) -> None:
+    def test_reloaded(self, case: Diffusers, options: str, images: Any, tmp_path: Path) -> None:
         """In every spelling; ragged ranks need the new one and patterns in its header."""
         chosen = dict(RAGGED[options])
         if "lora_bias" in case.config:
@@ -761,9 +815,9 @@ class TestKohya:
             f"lora_unet_{name.replace('.', '_')}": matrix(value)
             for name, value in images.deltas(out, "unet").items()
         }
-        names = {f"lora_unet_{stem.removeprefix('unet.').replace('.', '_')}" for stem in (
-            report.modules
-        )}
+        names = {
+            f"lora_unet_{stem.removeprefix('unet.').replace('.', '_')}" for stem in (report.modules)
+        }
         assert names == before.keys()
         assert distance(after, before) == pytest.approx(report.error, rel=1e-5)
 

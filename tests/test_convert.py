@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import adapterops as ao
 from adapterops.errors import AdapterOpsError, IncompatibleError, UsageError
 from adapterops.files.output import PROVENANCE_KEY
 from tests import kinds
-from tests.support import dense, distance, load_file, pairs, read_peft, write_peft
+from tests.support import distance, load_file, read_peft, write_peft
 from tests.test_mlx import Mlx, model
 
 LLAMA = {
@@ -115,7 +116,6 @@ def peft_config_deltas(folder: Path) -> dict[str, np.ndarray]:
     config = json.loads((folder / "adapter_config.json").read_text())
     result = {}
     for name, (B, A) in stored(folder).items():
-        import re
 
         def of(pattern: str, default: float, name: str = name) -> float:
             for key, value in config[pattern].items():
@@ -164,7 +164,6 @@ ONE_SCALE: dict[str, tuple[int, dict[str, Any], float]] = {
     "rsLoRA, 8 and 5": (5, {"alpha": 8, "use_rslora": True}, 8 / math.sqrt(5)),
     "rsLoRA, 5 and 14": (14, {"alpha": 5, "use_rslora": True}, 5 / math.sqrt(14)),
 }
-ONE_RANK = [name for name, (rank, *_) in ONE_SCALE.items() if rank <= 6]
 
 
 class TestLanguageModels:
@@ -172,9 +171,7 @@ class TestLanguageModels:
     @pytest.mark.parametrize("case", ONE_SCALE)
     def test_peft_to_mlx_keeps_every_bit(self, case: str, dtype: Any, tmp_path: Path) -> None:
         rank, config, scale = ONE_SCALE[case]
-        before = factors(LLAMA, min(rank, 6), dtype)
-        if rank > 6:  # v_proj has six rows: a LoRA may be wider than its layer
-            before = factors(LLAMA, rank, dtype)
+        before = factors(LLAMA, rank, dtype)
         write_peft(tmp_path / "a", before, **config)
         report = ao.convert(tmp_path / "a", out=tmp_path / "m", to="mlx")
         assert report.schema == "adapterops.convert/1" and report.dialect == "mlx"
@@ -316,9 +313,7 @@ class TestLanguageModels:
             rank_pattern={"v_proj": 2, "down_proj": 3},
             alpha_pattern={"down_proj": 0.7},
         )
-        scales = {
-            name: (0.7 if name.endswith("down_proj") else 5) / ranks[name] for name in LLAMA
-        }
+        scales = {name: (0.7 if name.endswith("down_proj") else 5) / ranks[name] for name in LLAMA}
         ao.convert(tmp_path / "a", out=tmp_path / "p", scaling="rslora")
         assert distance(peft_config_deltas(tmp_path / "p"), scaled(before, scales)) < 1e-7
 
@@ -558,7 +553,9 @@ class TestKinds:
             folder = tmp_path / f"adalora {pruned}"
             wanted = made.TestAdaLoRA.trained(folder, pruned=pruned)
             report = ao.convert(folder, out=tmp_path / f"{pruned} whole")
-            assert any("convolution" in warning for warning in report.warnings)  # its kernel is gone
+            assert any(
+                "convolution" in warning for warning in report.warnings
+            )  # its kernel is gone
             ao.convert(folder, out=tmp_path / f"{pruned}", modules="linear|tall|wide")
             found = made.deltas(tmp_path / f"{pruned}")
             wanted.pop("conv")
@@ -649,6 +646,21 @@ class TestRefusals:
         assert caught.value.exit_code == 4
 
     @pytest.mark.parametrize("source", ["kohya", "diffusers"])
+    @pytest.mark.parametrize("source", ["diffusers", "peft"])
+    def test_fused_projections_of_a_u_net(self, source: str, tmp_path: Path) -> None:
+        """diffusers can fuse q, k and v; sd-scripts has no module of that name."""
+        given = factors({f"{ATTENTION}.to_qkv": (96, 32)}, 2)
+        if source == "peft":
+            adapter = write_unet(tmp_path / "a", given)
+        else:
+            [(B, A)] = given.values()
+            stem = f"unet.{ATTENTION}.to_qkv"
+            adapter = tmp_path / "a.safetensors"
+            save_file({f"{stem}.lora_B.weight": B, f"{stem}.lora_A.weight": A}, adapter)
+        with pytest.raises(IncompatibleError, match="--to kohya") as caught:
+            ao.convert(adapter, out=tmp_path / "x.safetensors", to="kohya")
+        assert caught.value.exit_code == 4
+
     def test_an_image_model_is_none_of_mlx_lm_s(self, source: str, tmp_path: Path) -> None:
         tensors = _kohya(FINE)
         if source == "diffusers":
@@ -826,8 +838,7 @@ class TestRecord:
         assert one == two
 
 
-def test_every_refusal_is_an_error_of_ours(tmp_path: Path) -> None:
+def test_one_adapter_at_a_time(tmp_path: Path) -> None:
     write_peft(tmp_path / "a", factors(LLAMA, 2))
-    with pytest.raises(AdapterOpsError):
-        ao.convert([tmp_path / "a"], out=tmp_path / "x")  # one adapter, not several
-    assert dense(pairs(1, LLAMA, 2)).keys() == LLAMA.keys()
+    with pytest.raises(UsageError, match="one path or Adapter"):
+        ao.convert([tmp_path / "a"], out=tmp_path / "x")

@@ -6,6 +6,7 @@ from adapterops.choosing.allocated import allocated
 from adapterops.choosing.known import Choice, Known
 from adapterops.choosing.ragged import ragged
 from adapterops.choosing.uniform import uniform
+from adapterops.descriptions import says_ranks
 from adapterops.errors import UsageError
 from adapterops.plan import Plan
 from adapterops.ranks import Ranks
@@ -36,9 +37,24 @@ def choose_ranks(chosen: Ranks, known: Known) -> Choice:
     """The ranks that `chosen` means. Raises BudgetError where none will do."""
     if not known.plan.modules:
         return Choice(())
+    if chosen.as_stored:
+        return Choice(_as_stored(known.plan))
     if chosen.allocate == "global":
         return allocated(chosen, known)
     if chosen.is_ragged:
         return Choice(ragged(chosen, known))
     rank = uniform(chosen, known)
     return Choice((rank,) * len(known.plan.modules))
+
+
+def _as_stored(plan: Plan) -> tuple[int, ...]:
+    """Every module's columns; of those that share tensors, or all where need be, the most."""
+    result = [
+        module.columns if [p.site.kind for p in module.parts] == ["lora"] else module.bound
+        for module in plan.modules
+    ]
+    for members in plan.groups if says_ranks(plan) else [list(range(len(result)))]:
+        most = max(result[i] for i in members)
+        for i in members:
+            result[i] = most
+    return tuple(result)

@@ -133,6 +133,8 @@ def factored_weight(name: str, stems: Container[str]) -> str | None:
 
 def translate(stems: list[str], source: str, target: str) -> dict[str, str] | None:
     """stem -> its name in the target dialect, or None if some stem has none there."""
+    if target not in ("diffusers", "peft", "kohya"):  # MLX has language models only
+        return None
     paths = {stem: _to_diffusers(stem, source) for stem in stems}
     parts = {diffusers.component(path) for path in paths.values() if path}
     if None in paths.values():

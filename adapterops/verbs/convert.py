@@ -89,6 +89,7 @@ def convert(
         max_error=max_error,
         size=size,
         max_rank=max_rank,
+        as_stored=all(target is None for target in (rank, energy, max_error, size)),
         scaling=scaling,
         form=form,
         modules=modules,

@@ -99,6 +99,7 @@ def extract(
             form=form,
             dtype=_dtype(dtype, found),
             to=to,
+            left_out=found.dropped,
             device=device,
             memory=memory,
             jobs=jobs,
@@ -108,6 +109,8 @@ def extract(
             progress=progress,
         )
     except BudgetError as error:
+        if energy is None and max_error is None:
+            raise
         raise BudgetError(
             error.message,
             path=error.path,
@@ -128,9 +131,9 @@ def _recorded(
     embeddings: str,
     models: tuple[BaseModel, BaseModel],
 ) -> dict[str, Any]:
-    """What decides the tensors, and both models by name and by a hash of their headers."""
+    """What decides the tensors, and both models by name and by a hash of samples."""
     named = {
-        role: {"name": model.name, "headers_sha256": model.identity}
+        role: {"name": model.name, "sampled_sha256": model.identity}
         for role, model in zip(("base", "tuned"), models, strict=True)
     }
     return {**named, "modules": modules, "vectors": vectors, "embeddings": embeddings}
@@ -156,5 +159,4 @@ def _told(report: Report | PlanReport, found: Extraction) -> Report | PlanReport
         notes.append(f"{found.unchanged} modules are the same in both models")
     if found.outside:
         notes.append(f"--modules leaves out {found.outside} modules, which were not compared")
-    extras = {**report.extras, **dict.fromkeys(found.dropped, "dropped")}
-    return replace(report, notes=tuple(notes), extras=extras)
+    return replace(report, notes=tuple(notes))
