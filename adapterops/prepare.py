@@ -126,7 +126,7 @@ def is_copy(plan: Plan, options: Options) -> bool:
     return (
         options.ranks in (Ranks(), Ranks(as_stored=True))
         and (options.form, options.engine) == ("balanced", None)
-        and options.scaling != "rslora"
+        and options.scaling == ("folded" if options.verb == "merge" else "keep")
         and options.dtype == "keep"
         and plan.dialect == plan.inputs[0].dialect
         and all(

@@ -563,5 +563,5 @@ def test_provenance_names_both_models_and_no_path(tmp_path: Path):
     assert document["schema"] == "adapterops.extract/1"
     options = document["provenance"]["options"]
     assert (options["base"]["name"], options["tuned"]["name"]) == ("base", "tuned")
-    assert options["base"]["headers_sha256"] != ""
+    assert options["base"]["sampled_sha256"] != ""
     assert str(tmp_path) not in json.dumps(document)
