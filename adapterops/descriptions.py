@@ -87,9 +87,9 @@ def styles(plan: Plan) -> dict[str, str]:
             part, _, style = item.partition("=")
             spellings.setdefault(part, style)
     # Loaders look at one key to tell the spelling of all, and only one spelling has biases.
-    if set(spellings.values()) == {"bare"}:
-        return spellings
     ragged = len({module.kept for module in plan.written}) > 1  # the others cannot say so
+    if set(spellings.values()) == {"bare"} and not ragged:
+        return spellings
     if {"peft", "bare"} & set(spellings.values()) or biased(plan) or ragged:
         spellings = dict.fromkeys(spellings, "peft")
     return spellings
@@ -133,7 +133,7 @@ def config(plan: Plan, extras: Sequence[Extra], copy: bool) -> dict[str, Any]:
     )
     if owners:
         config["target_parameters"] = peft_config.target_parameters(
-            [file.config for file in plan.live], owners
+            [file.config for file in plan.live], owners, whole=not as_trained
         )
     stabilised = any(_is_stabilised(site) for site in sites.values())
     config["use_rslora"] = stabilised if copy else plan.scaling == "rslora"

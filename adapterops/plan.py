@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from adapterops.formats import peft
 from adapterops.formats.model import AdapterFile, Layer, Ref, Site
 from adapterops.metric import Inputs
 from adapterops.scaling import Scaling, stored
@@ -57,9 +58,26 @@ class Module:
         return self.stem.removesuffix(f"[{self.expert[0]}]") if self.expert else self.stem
 
     @property
+    def shares(self) -> str:
+        """What it must share its rank with: tensors, and in PEFT a pattern.
+
+        One `rank_pattern` stands for both projections of a MultiheadAttention, and for nested
+        parameters of one module, which only their number tells apart.
+        """
+        if self.dialect != "peft":
+            return self.tensors
+        site = self.parts[0].site if self.parts else None
+        return site.owner if site and len(site.owned) > 1 else peft.target_path(self.tensors)
+
+    @property
     def columns(self) -> int:
         """Σ rᵢ: an upper bound of the result's rank."""
         return sum(part.site.rank for part in self.parts)
+
+    @property
+    def least(self) -> int:
+        """The smallest rank that does not lose a shift of the bias."""
+        return int(any("bias" in part.site.parts for part in self.parts))
 
     @property
     def bound(self) -> int:
@@ -153,7 +171,7 @@ class Plan:
         """Indices of modules that must have one rank, for they share their tensors."""
         found: dict[str, list[int]] = defaultdict(list)
         for index, module in enumerate(self.modules):
-            found[module.tensors].append(index)
+            found[module.shares].append(index)
         return list(found.values())
 
     @property

@@ -24,7 +24,7 @@ from adapterops.choosing import Choice, Known, check_size, choose_ranks
 from adapterops.companions import side_files, write_companions
 from adapterops.descriptions import check_ranks
 from adapterops.errors import IncompatibleError, UsageError
-from adapterops.extras import extras_by_name, plan_extras
+from adapterops.extras import Extra, extras_by_name, plan_extras
 from adapterops.files.header import Entry, encode_header, layout
 from adapterops.files.output import PROVENANCE_KEY, stage
 from adapterops.formats import kohya, peft
@@ -155,7 +155,8 @@ def _save(
     provenance = provenance_of(inputs, weights, options, on)
 
     def form_at(chosen: Sequence[int]) -> tuple[Layout, dict[str, Entry], dict[str, str]]:
-        form = plan_output(plan.at(chosen), extras, directory=directory, copy=copy)
+        at = plan.at(chosen)
+        form = plan_output(at, renamed(extras, at), directory=directory, copy=copy)
         return form, layout(form.tensors), {**form.metadata, PROVENANCE_KEY: provenance.to_json()}
 
     if legal and not copy:  # before anything is read
@@ -190,6 +191,7 @@ def _save(
         )
     plan = plan.at(choice.ranks)
     check_ranks(plan)
+    extras = renamed(extras, plan)
     form, entries, metadata = form_at(choice.ranks)
     size = _file_size(entries, metadata)
     hidden = [] if copy else kernel_warnings(plan.modules)
@@ -257,11 +259,17 @@ def _listed(plan: Plan, spectra: Sequence[Spectrum]) -> dict[str, tuple[float, .
     }
 
 
+def renamed(extras: Sequence[Extra], plan: Plan) -> list[Extra]:
+    """The extras by their names beside the modules that are written."""
+    name = _extra_name(plan)
+    return [replace(extra, name=name(extra.name)) for extra in extras]
+
+
 def _extra_name(plan: Plan) -> Callable[[str], str]:
     """How the output's dialect names a tensor that is no factor."""
     if plan.dialect != "peft":
         return lambda name: name
-    modules = {module.stem for module in plan.modules}
+    modules = {module.stem for module in (plan.written or plan.modules)}
     return lambda name: peft.extra_name(name, modules)
 
 

@@ -183,7 +183,7 @@ class TestKohya:
     """sd-scripts' rules, restated on the dense matrix."""
 
     RULES = {
-        "sv_ratio": lambda S, p: int((S > S[0] / p).sum()),
+        "sv_ratio": lambda S, p: int((S[0] / p < S).sum()),
         "sv_fro": lambda S, p: next(
             k for k in range(1, len(S) + 1) if (S[:k] ** 2).sum() >= p**2 * (S**2).sum()
         ),

@@ -354,7 +354,8 @@ class TestBiases:
 
         rewritten(folder / WEIGHTS, change)
         report = ao.compress(folder, out=tmp_path / "c", ratio=0.4, allocate="global")
-        assert report.dropped == ("model.embed_tokens",) and report.extras == {saved: "copied"}
+        assert report.dropped == ("model.embed_tokens",)
+        assert list(report.extras.values()) == ["copied"]
         weights = []
         for each in (folder, tmp_path / "c"):
             layer = models.reloaded(each, "llama").base_model.model.model.embed_tokens

@@ -55,7 +55,8 @@ def _blocks(chosen: Ranks, known: Known) -> list[allocate.Block]:
             seen = np.where(spectrum.values > spectrum.floor, spectrum.values, 0.0)
             gains[: len(seen)] += seen**2
         cost = sum(sum(known.plan.modules[i].shape) for i in members)
-        blocks.append(allocate.Block(cost, gains, chosen.floor or 0, chosen.ceiling))
+        least = max(known.plan.modules[i].least for i in members)
+        blocks.append(allocate.Block(cost, gains, max(chosen.floor or 0, least), chosen.ceiling))
     return blocks
 
 

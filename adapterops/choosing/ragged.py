@@ -55,8 +55,8 @@ def _each(chosen: Ranks, known: Known, energy: float | None) -> tuple[int, ...]:
                 hint="raise --max-rank",
             )
         for i in members:
-            result[i] = max(rank, chosen.floor or 0)
-    return tuple(result)
+            result[i] = max(rank, chosen.floor or 0, known.plan.modules[i].least)
+    return tuple(result) if any(result) else (1,) * len(result)
 
 
 def _ragged_within(chosen: Ranks, known: Known) -> tuple[int, ...]:

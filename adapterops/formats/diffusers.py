@@ -117,7 +117,8 @@ def write_config(ranks: Mapping[str, int], *, bias: bool) -> str | None:
     config: dict[str, Any] = {}
     for part, sizes in parts.items():
         common = Counter(sizes.values()).most_common(1)[0][0]
-        others = {f"^{re.escape(n)}": r for n, r in sorted(sizes.items()) if r != common}
+        level = rf"({re.escape(_TEXT_MODEL)})?" if part.startswith("text_encoder") else ""
+        others = {f"^{level}{re.escape(n)}": r for n, r in sorted(sizes.items()) if r != common}
         values: dict[str, Any] = {
             "r": common,
             "lora_alpha": common,

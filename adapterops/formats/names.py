@@ -191,4 +191,5 @@ def _from_diffusers(path: str, target: str, parts: set[str]) -> str | None:
         "text_encoder": "lora_te1_" if two_encoders else "lora_te_",
         "text_encoder_2": "lora_te2_",
     }.get(part)
-    return None if prefix is None else prefix + inner.replace(".", "_")
+    flat = inner.replace(".", "_")  # a name that cannot come back is none that kohya's tools know
+    return None if prefix is None or _unflatten(flat) != inner else prefix + flat

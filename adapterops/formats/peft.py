@@ -280,9 +280,10 @@ def extra_name(name: str, modules: Collection[str]) -> str:
     """
     owner, _, leaf = name.removeprefix(PREFIX).rpartition(".")
     plain = owner.removesuffix(".base_layer")
-    if leaf != "bias" or not name.startswith(PREFIX):
+    moved = leaf == "bias" or (leaf == "weight" and owner != plain)
+    if not moved or not name.startswith(PREFIX):
         return name
-    return f"{PREFIX}{plain}{'.base_layer' if plain in modules else ''}.bias"
+    return f"{PREFIX}{plain}{'.base_layer' if plain in modules else ''}.{leaf}"
 
 
 def names(module: str, layer: str) -> dict[str, str]:

@@ -58,14 +58,21 @@ def write_config(
     return config
 
 
-def target_parameters(configs: Sequence[Mapping[str, Any]], owners: Collection[str]) -> list[str]:
-    """The inputs' `target_parameters` that concern these modules."""
+def target_parameters(
+    configs: Sequence[Mapping[str, Any]], owners: Collection[str], *, whole: bool = False
+) -> list[str]:
+    """The inputs' `target_parameters` that concern these modules, as `whole` paths if asked for."""
     given = {str(entry) for config in configs for entry in peft.listed(config, "target_parameters")}
     parents = {entry: entry.rpartition(".")[0] for entry in given}
-    return sorted(
-        entry
+    found = {
+        entry: [owner for owner in owners if not parent or parent in peft.tails(owner)]
         for entry, parent in parents.items()
-        if not parent or any(parent in peft.tails(owner) for owner in owners)
+    }
+    if not whole:
+        return sorted(entry for entry, matched in found.items() if matched)
+    leaves = {entry: entry.rpartition(".")[2] for entry in found}
+    return sorted(
+        f"{owner}.{leaves[entry]}" for entry, matched in found.items() for owner in matched
     )
 
 
