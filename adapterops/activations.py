@@ -34,7 +34,7 @@ from adapterops import casts
 from adapterops.errors import FormatError, IncompatibleError, NumericsError, UnsupportedError
 from adapterops.files.header import Header, encode_header, layout
 from adapterops.files.output import stage
-from adapterops.files.source import LocalFile, Source, read_bytes, read_header
+from adapterops.files.source import LocalFile, Source, read_header
 from adapterops.formats.model import Ref, Site
 from adapterops.metric import Inputs, Kind
 
@@ -42,7 +42,6 @@ _KINDS: tuple[Kind, ...] = ("gram", "samples")
 _MODULES_HINT = "collect activations from the adapter's base model"
 _LEAVE_OUT = "leave it out with --modules, or use --metric frobenius"
 _SHOWN = 3
-_PROBED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +239,8 @@ def _digest(source: Source, header: Header) -> str:
     for name in shapes:
         entry = header.tensors[name]
         start = header.data_start + entry.start
-        digest.update(bytes(read_bytes(source, start, min(_PROBED, entry.nbytes))))
+        ref = Ref(source, name, entry.dtype, entry.shape, start, entry.nbytes)
+        digest.update(ref.sample())
     return digest.hexdigest()
 
 

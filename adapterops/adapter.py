@@ -15,6 +15,38 @@ from adapterops.formats import AdapterFile, Ref, open_adapter_file
 from adapterops.formats.kinds import split
 from adapterops.save import save_sum
 
+_OPTIONS = frozenset(
+    {
+        "rank",
+        "energy",
+        "max_error",
+        "size",
+        "ratio",
+        "sv_ratio",
+        "sv_fro",
+        "sv_cumulative",
+        "allocate",
+        "ragged",
+        "min_rank",
+        "max_rank",
+        "form",
+        "scaling",
+        "engine",
+        "base",
+        "modules",
+        "extras",
+        "dtype",
+        "to",
+        "device",
+        "memory",
+        "jobs",
+        "overwrite",
+        "strict",
+        "dry_run",
+        "progress",
+    }
+)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter(Mapping[str, Factors]):
@@ -91,9 +123,14 @@ class Adapter(Mapping[str, Factors]):
         return f"<Adapter {shown}, {len(self)} modules>"
 
     def save(self, out: str | os.PathLike[str], **options: Any) -> Report | PlanReport:
-        """Write the sum to `out` and return its certificate; takes `merge`'s options
-        that do not concern how adapters are opened or weighted.
+        """Write the sum to `out` and return its certificate.
+
+        Takes the options of `merge` and `compress` that do not concern how adapters are opened,
+        weighted or measured. Raises TypeError for any other.
         """
+        unknown = sorted(set(options) - _OPTIONS)
+        if unknown:
+            raise TypeError(f"save() got an unexpected option {unknown[0]!r}")
         weights, files = zip(*self.terms, strict=True)
         return save_sum(files, weights, out, **options)
 

@@ -76,9 +76,10 @@ class Report:
     `size` is the bytes of the weights file, `parameters` the numbers in its factors; both with
     `_before` are those of the inputs. `rank` is the largest of any module. `error` is
     ‖written − exact‖_F / ‖exact‖_F; a relative figure below `floor` / `norm` is rounding noise.
-    `metric_error` is the same in `metric`. `gap` is by how much, at most, another allocation of
-    as many parameters could be better (0: none is). `dropped` are modules at rank 0. `spectra` are
-    singular values in the metric by module, where they were asked for.
+    `metric_error` is the same in `metric`. `gap` is by how much, at most, another allocation could
+    be better (0: none is): in error for a budget, in parameters for a bound on the error. `dropped`
+    are modules at rank 0. `spectra` are singular values in the metric by module, where they were
+    asked for.
     """
 
     output: str

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from adapterops.errors import IncompatibleError, UsageError
+from adapterops.errors import IncompatibleError
 from adapterops.extras import Extra
 from adapterops.formats import cloneofsimo, diffusers, kohya, mlx, peft, peft_config
 from adapterops.formats.model import AdapterFile, Site
@@ -42,17 +42,6 @@ def says_ranks(plan: Plan) -> bool:
     if plan.dialect == "diffusers":
         return all(diffusers.component(module.stem) for module in plan.modules)
     return plan.dialect in ("peft", "kohya", "cloneofsimo")
-
-
-def check_ranks(plan: Plan) -> None:
-    """Raise UsageError where modules of different rank cannot be said in the output's dialect."""
-    ranks = {module.kept for module in plan.written}
-    if len(ranks) > 1 and not says_ranks(plan):
-        raise UsageError(
-            f"ranks from {min(ranks)} to {max(ranks)}: loaders of {plan.dialect} files take one "
-            "rank for all modules",
-            hint="leave --ragged and --allocate away, or write --to peft or kohya",
-        )
 
 
 def alpha(module: Module, plan: Plan) -> float:

@@ -30,16 +30,24 @@ def open_inputs(
     if isinstance(adapters, str | os.PathLike | Adapter):
         adapters = [adapters]
     items = list(adapters)
+    paths = {os.fspath(item) for item in items if not isinstance(item, Adapter)}
+    default, single = _alphas(alpha, paths)
+    return [_open(item, single, default, allow_pickle) for item in items]
+
+
+def _alphas(
+    alpha: float | Mapping[Any, float] | None, paths: set[str]
+) -> tuple[float | None, dict[str, float]]:
+    """The alpha for every path, and those for single ones."""
     default = None if isinstance(alpha, Mapping) else alpha
     single = {os.fspath(k): v for k, v in alpha.items()} if isinstance(alpha, Mapping) else {}
     for value in (*single.values(), default):
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"alpha {value}: expected a number above 0")
-    paths = {os.fspath(item) for item in items if not isinstance(item, Adapter)}
     unknown = sorted(set(single) - paths)
     if unknown:
         raise UsageError(f"--alpha names {unknown[0]!r}, which is not among the inputs")
-    return [_open(item, single, default, allow_pickle) for item in items]
+    return default, single
 
 
 def open_one(
@@ -65,13 +73,15 @@ def open_rebased(
     `open_model` and `rebase` raise.
     """
     if isinstance(adapter, Adapter):
-        return adapter, {}
+        raise UsageError("an Adapter is open already; give the path of one that needs its base")
     path = os.fspath(adapter)
-    single = alpha.get(path) if isinstance(alpha, Mapping) else None
-    value = single if single is not None else None if isinstance(alpha, Mapping) else alpha
-    if value is not None and not 0 < value < math.inf:
-        raise UsageError(f"alpha {value}: expected a number above 0")
-    file = read_adapter(path, alpha=value, alpha_wins=single is not None, allow_pickle=allow_pickle)
+    default, single = _alphas(alpha, {path})
+    file = read_adapter(
+        path,
+        alpha=single.get(path, default),
+        alpha_wins=path in single,
+        allow_pickle=allow_pickle,
+    )
     models = {"base": open_model(base)}
     if residual is not None:
         models["residual"] = open_model(residual)

@@ -29,15 +29,30 @@ def peak(modules: Sequence[Module], cap: int | None = None) -> int:
     module = modules[0]
     columns, perimeter = module.columns, sum(module.shape)
     rank = module.kept if cap is None else 0
-    if rangefinder.is_dense(module) or (cap is None and rangefinder.applies(module, rank)):
-        return rangefinder.peak(module, cap or rank)
-    if cap is not None and columns > rangefinder.LARGE:
-        return rangefinder.peak(module, rank) + 8 * 3 * math.prod(module.shape)
+    if _is_streamed(module, None if cap is not None else rank):
+        dense = (
+            0 if rangefinder.is_dense(module) or cap is None else 8 * 3 * math.prod(module.shape)
+        )
+        return rangefinder.peak(module, cap or rank) + dense
     shared = sum(part.site.parts["B"].nbytes for part in module.parts) if module.expert else 0
     if any("base" in part.site.parts for part in module.parts):  # its weight is decomposed whole
         shared += 8 * 4 * math.prod(module.shape)
     work = 8 * (perimeter * (3 * columns + 6 * rank) + 8 * columns * columns)
     return len(modules) * work + shared
+
+
+def _is_streamed(module: Module, rank: int | None) -> bool:
+    """Whether a module goes through the range finder: at a rank, or for its spectrum.
+
+    What is measured by its inputs never does: it is stacked, and reduced to its own sides first.
+    """
+    if rangefinder.is_dense(module):
+        return True
+    if module.inputs is not None:
+        return False
+    return module.columns > rangefinder.LARGE and (
+        rank is None or rangefinder.applies(module, rank)
+    )
 
 
 def spectra(modules: Sequence[Module], cap: int, device: str) -> list[Spectrum]:
@@ -46,7 +61,7 @@ def spectra(modules: Sequence[Module], cap: int, device: str) -> list[Spectrum]:
     Of a dense change only the first `cap` are computed, and the norm of the rest.
     """
     try:
-        if rangefinder.is_dense(modules[0]) or modules[0].columns > rangefinder.LARGE:
+        if _is_streamed(modules[0], None):
             found = [rangefinder.spectrum(Sum(module, device), cap) for module in modules]
         else:
             B, A, cores = _stacked(modules, device)
@@ -66,7 +81,7 @@ def factors(modules: Sequence[Module], dtype: str, form: Form, device: str) -> l
     rank = modules[0].kept
     scaled = [_without_scale(module) for module in modules]
     try:
-        if rangefinder.is_dense(modules[0]) or rangefinder.applies(modules[0], rank):
+        if _is_streamed(modules[0], rank):
             found = [_streamed(Sum(module, device), rank, dtype, form) for module in scaled]
         elif modules[0].inputs is not None and modules[0].columns:
             found = [_for_inputs(module, rank, dtype, form, device) for module in scaled]

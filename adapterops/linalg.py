@@ -221,8 +221,10 @@ def _padded(B: Array, A: Array, core: Core, rank: int) -> Truncation:
     right, left = np.zeros((columns, rank)), np.zeros((rank, columns))
     np.fill_diagonal(right, 1 / core.scale)
     np.fill_diagonal(left, core.scale)
-    pad_b, pad_a = like(np.eye(columns, rank), B), like(np.eye(rank, columns), A)
-    new_b, new_a = B @ pad_b, pad_a @ A
+    xp = namespace(B)
+    more = rank - columns
+    new_b = xp.concat([B, like(np.zeros((B.shape[0], more)), B)], 1)
+    new_a = xp.concat([A, like(np.zeros((more, A.shape[1])), A)], 0)
     return Truncation(new_b, new_a, np.zeros(0), 0.0, core.norm, core.beta, "stack", right, left)
 
 

@@ -59,7 +59,7 @@ class Difference:
         self.transposed = self._tuned.transposed
         self.shape = site.shape[::-1] if self.transposed else site.shape
         pair = (self._tuned, self._base)
-        self._coarser = max(pair, key=lambda ref: -_precision(ref.dtype))
+        self._coarser = min(pair, key=lambda ref: _precision(ref.dtype))
 
     def rows(self, start: int, stop: int) -> Block:
         """Rows of tuned − base in float64."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -177,8 +177,12 @@ class Plan:
     @property
     def stored_parameters(self) -> int:
         """Numbers in the inputs' factors as they are stored."""
+        return self.stored_of(range(len(self.modules)))
+
+    def stored_of(self, members: Iterable[int]) -> int:
+        """Numbers in the inputs' factors of some modules as they are stored."""
         seen = {}
-        for module in self.modules:
+        for module in (self.modules[i] for i in members):
             for part in module.parts:
                 file = self.inputs[part.input]
                 for role, ref in part.site.parts.items():

@@ -14,6 +14,7 @@ from adapterops.align import align
 from adapterops.basemodel.shapes import load
 from adapterops.casts import format_name
 from adapterops.certificate import PlanReport
+from adapterops.descriptions import says_ranks
 from adapterops.errors import UsageError
 from adapterops.formats import peft
 from adapterops.formats.diffusers import METADATA_KEY
@@ -23,6 +24,7 @@ from adapterops.layout import Layout
 from adapterops.linalg import Form
 from adapterops.plan import Module, Plan, Weighting
 from adapterops.provenance import Origin, Provenance, file_sha256, given_alphas, labels
+from adapterops.rangefinder import LARGE, is_dense
 from adapterops.ranks import Ranks
 from adapterops.scaling import Scaling, check_scaling
 from adapterops.serving.legal import LegalForm, check, legal_form
@@ -74,6 +76,8 @@ def planned_for(
 ) -> tuple[Plan, LegalForm | None]:
     """The plan of an output, and what an engine asks of it; modules it needs are added as zeros."""
     to = options.to or ("peft" if options.engine else None)
+    if options.engine and to != "peft":
+        raise UsageError(f"--engine {options.engine} reads PEFT's dialect; leave --to {to} away")
     plan = align(inputs, weights, modules=options.modules, dtype=options.dtype, to=to)
     check_scaling(options.scaling, plan.dialect)
     if options.form not in get_args(Form):
@@ -91,6 +95,12 @@ def planned_for(
     scales = {part.site.scale for module in plan.modules for part in module.parts}
     if plan.dialect == "mlx" and len(scales) > 1:
         plan = replace(plan, scaling="folded")  # its config has one for all modules
+    if options.ranks.is_ragged and not says_ranks(plan):
+        raise UsageError(
+            f"loaders of {plan.dialect} files take one rank for all modules; --ragged, --allocate "
+            "global and the --sv rules make several",
+            hint="leave them away, or write --to peft or kohya",
+        )
     if options.engine is None:
         return plan, None
     form = legal_form(
@@ -154,6 +164,15 @@ def is_bounded(plan: Plan, options: Options) -> bool:
         (options.form, plan.scaling) == ("balanced", "folded")
         and options.weighting.name != "activation"
         and not plan.deltas
+        and is_exact(plan)
+    )
+
+
+def is_exact(plan: Plan) -> bool:
+    """Whether every module is cut by its own singular values, none by a range finder."""
+    return not any(
+        module.inputs is None and (is_dense(module) or module.columns > LARGE)
+        for module in plan.modules
     )
 
 

@@ -66,7 +66,7 @@ def check_promises(report: Report, figures: Sequence[Figures], bound: float | No
     """Refuse a result below the noise of its inputs, or beyond the error that was promised."""
     check_cancellation(report.norm, report.floor, any(figure.beta > 0 for figure in figures))
     noise = report.floor / report.norm if report.norm else 0.0
-    if bound is not None and report.metric_error + noise > bound:
+    if bound is not None and max(report.metric_error, noise) > bound * (1 + 1e-12):
         raise BudgetError(
             f"the error as written is {report.metric_error:.4g}, measured to within {noise:.2g}: "
             f"--max-error {bound:g} cannot be promised"

@@ -22,7 +22,6 @@ from adapterops.certify import certify
 from adapterops.certify import notes as measured_notes
 from adapterops.choosing import Choice, Known, check_size, choose_ranks
 from adapterops.companions import side_files, write_companions
-from adapterops.descriptions import check_ranks
 from adapterops.errors import IncompatibleError, UsageError
 from adapterops.extras import Extra, extras_by_name, plan_extras
 from adapterops.files.header import Entry, encode_header, layout
@@ -40,6 +39,7 @@ from adapterops.prepare import (
     dry_run,
     is_bounded,
     is_copy,
+    is_exact,
     planned_for,
     provenance_of,
 )
@@ -85,22 +85,27 @@ def save_sum(
 ) -> Report | PlanReport:
     """`save` with everything as keywords; `options` are the other fields of `Options`."""
     chosen = Ranks(
-        rank=rank.item() if isinstance(rank, np.integer) else rank,
-        energy=energy,
-        max_error=max_error,
+        rank=_plain(rank),
+        energy=_plain(energy),
+        max_error=_plain(max_error),
         size=None if size is None else parse_size(size, "--size"),
-        ratio=ratio,
-        sv_ratio=sv_ratio,
-        sv_fro=sv_fro,
-        sv_cumulative=sv_cumulative,
+        ratio=_plain(ratio),
+        sv_ratio=_plain(sv_ratio),
+        sv_fro=_plain(sv_fro),
+        sv_cumulative=_plain(sv_cumulative),
         allocate=allocate,
         ragged=ragged,
-        floor=min_rank,
-        ceiling=max_rank,
+        floor=_plain(min_rank),
+        ceiling=_plain(max_rank),
         as_stored=as_stored,
     )
     how = Options(os.fspath(out), chosen, **options)
     return save(files, weights, how, compute(device, memory, jobs))
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python's own."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def save(
@@ -185,12 +190,18 @@ def _save(
         def bytes_at(chosen: Sequence[int]) -> int:
             return _file_size(*form_at(chosen)[1:])
 
-        bounded = is_bounded(plan, options)
-        choice = choose_ranks(
-            options.ranks, Known(plan, spectra, whole, bytes_at, error_at, legal, bounded)
+        known_of = Known(
+            plan,
+            spectra,
+            whole,
+            bytes_at,
+            error_at,
+            form=legal,
+            bounded=is_bounded(plan, options),
+            exact=is_exact(plan),
         )
+        choice = choose_ranks(options.ranks, known_of)
     plan = plan.at(choice.ranks)
-    check_ranks(plan)
     extras = renamed(extras, plan)
     form, entries, metadata = form_at(choice.ranks)
     size = _file_size(entries, metadata)

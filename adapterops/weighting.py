@@ -21,6 +21,7 @@ from adapterops.rebased.weights import weights
 Metric = Literal["frobenius", "relative", "activation"]
 _Path = str | os.PathLike[str]
 _BLOCK = 1 << 20
+_MOST = 1 << 16
 
 
 def weighting_for(
@@ -115,6 +116,8 @@ _KNOWN: dict[tuple[str, int, str], float] = {}
 def _norm(ref: Ref) -> float:
     key = (ref.source.path, os.stat(ref.source.path).st_mtime_ns, ref.name)
     if key not in _KNOWN:
+        if len(_KNOWN) >= _MOST:
+            _KNOWN.clear()
         _KNOWN[key] = norm(ref)
         ref.source.close()
     return _KNOWN[key]

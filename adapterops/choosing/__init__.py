@@ -23,13 +23,14 @@ def check_size(plan: Plan, chosen: Ranks) -> None:
     plain = all(part.site.kind == "lora" for module in plan.modules for part in module.parts)
     if chosen.target or not plan.modules or (plain and plan.bound <= plan.input_rank):
         return
-    parameters = plan.parameters([plan.bound] * len(plan.modules))
+    full = _as_stored(plan) if chosen.as_stored else (plan.bound,) * len(plan.modules)
+    parameters = plan.parameters(full)
     if parameters >= plan.dense:
         raise UsageError(
-            f"without a rank the result may need rank {plan.bound} and "
+            f"without a rank the result may need rank {max(full)} and "
             f"{parameters:,} numbers, the dense weight changes themselves have "
             f"{plan.dense:,}",
-            hint="choose --rank N, --rank same or --energy E",
+            hint="choose --rank N, --energy E or --max-error X",
         )
 
 

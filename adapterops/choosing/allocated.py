@@ -8,7 +8,6 @@ import numpy as np
 
 from adapterops import allocate
 from adapterops.casts import FORMATS
-from adapterops.certificate import total
 from adapterops.choosing.known import TRIES, Choice, Known, certain, cut_off, requested, unmet
 from adapterops.errors import BudgetError
 from adapterops.ranks import Ranks
@@ -26,9 +25,10 @@ def allocated(chosen: Ranks, known: Known) -> Choice:
     if chosen.size is not None:
         return _spent_bytes(chosen, known, chosen.size)
     if chosen.energy is not None:
-        return _reached(chosen, known, math.sqrt(max(1.0 - chosen.energy, 0.0)) * known.whole)
+        left = max(1.0 - known.sure_energy(chosen.energy), 0.0)
+        return _reached(chosen, known, math.sqrt(left) * known.whole)
     wanted = float(chosen.max_error or 0.0)
-    allowed = share = wanted * known.whole
+    allowed = share = known.allowed(wanted)
     for _ in range(TRIES):
         found = _reached(chosen, known, allowed)
         if certain(found.ranks, share, known):
@@ -41,7 +41,16 @@ def allocated(chosen: Ranks, known: Known) -> Choice:
         if room <= 0:
             break
         allowed = min(allowed * 0.9999, math.sqrt(room))
-    raise unmet(wanted, known, error, cut)
+    # With nothing cut, columns are only scaled by powers of two, which may cost nothing at all.
+    whole = [0] * count
+    for members in plan.groups:
+        full = max(plan.modules[i].bound for i in members)
+        for i in members:
+            whole[i] = max(min(full, chosen.ceiling or full), chosen.floor or 0)
+    error = known.error_at(whole)
+    if error <= share:
+        return Choice(tuple(whole))
+    raise unmet(wanted, known, error, cut_off(known, whole))
 
 
 def _blocks(chosen: Ranks, known: Known) -> list[allocate.Block]:
@@ -61,7 +70,8 @@ def _blocks(chosen: Ranks, known: Known) -> list[allocate.Block]:
 
 
 def _rest(known: Known) -> float:
-    return total([spectrum.rest for spectrum in known.spectra])
+    """Energy beyond the directions that were computed."""
+    return math.fsum(spectrum.rest**2 for spectrum in known.spectra)
 
 
 def _spread(known: Known, found: allocate.Allocation) -> Choice:

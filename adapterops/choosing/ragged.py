@@ -29,26 +29,32 @@ def ragged(chosen: Ranks, known: Known) -> tuple[int, ...]:
 
 
 def _each(chosen: Ranks, known: Known, energy: float | None) -> tuple[int, ...]:
-    """Every group's own rank: what the rule asks for, at most what it needs to lose nothing."""
+    """Every group's own rank: what the rule asks for, at most what it needs to lose nothing.
+
+    A ceiling caps what is asked for or fits; what a bound needs above it is refused.
+    """
     result = [0] * len(known.plan.modules)
     for members in known.plan.groups:
         spectra = [known.spectra[i] for i in members]
         full = max(spectrum.rank for spectrum in spectra)
-        rank = full
+        rank, top = full, chosen.ceiling or full
         if chosen.target in ("sv_ratio", "sv_fro", "sv_cumulative"):
-            rank = max(ranks.by_kohya(spectrum.values, chosen) for spectrum in spectra)
-            rank = min(rank, chosen.ceiling or rank)
+            rank = min(max(ranks.by_kohya(spectrum.values, chosen) for spectrum in spectra), top)
         elif energy is not None and full:
             tail = ranks.tails(spectra)
             if chosen.energy is not None:
                 check_reach(energy, tail, float(tail[0]))
-            rank = min(ranks.for_energy(tail, energy, float(tail[0])), full)
+            kept = known.sure_energy(energy)
+            rank = min(ranks.for_energy(tail, kept, float(tail[0])), full)
         elif chosen.rank is not None:
-            rank = min(requested(chosen, known.plan), full)
+            rank = min(requested(chosen, known.plan), full, top)
         elif chosen.ratio is not None:
-            own = sum(part.site.rank for i in members for part in known.plan.modules[i].parts)
-            rank = min(max(1, int(chosen.ratio * own / len(members))), full)
-        if chosen.ceiling is not None and rank > chosen.ceiling:
+            per_rank = sum(sum(known.plan.modules[i].shape) for i in members)
+            most = chosen.ratio * known.plan.stored_of(members) / per_rank * (1 + 1e-12)
+            rank = min(max(1, int(most)), full, top)
+        elif chosen.size is not None:
+            rank = min(full, top)
+        if rank > top:
             raise BudgetError(
                 f"{shown(chosen)} needs rank {rank}, --max-rank is {chosen.ceiling}",
                 module=known.plan.modules[members[0]].stem,
@@ -60,9 +66,9 @@ def _each(chosen: Ranks, known: Known, energy: float | None) -> tuple[int, ...]:
 
 
 def _ragged_within(chosen: Ranks, known: Known) -> tuple[int, ...]:
-    """Every module within the error by itself, and with it the whole, as written."""
+    """Every module cut within the error by itself, and the whole within it as written."""
     wanted = float(chosen.max_error or 0.0)
-    allowed, share = wanted, wanted * known.whole
+    allowed, share = wanted, known.allowed(wanted)
     for _ in range(TRIES):
         found = _each(chosen, known, max(1.0 - allowed**2, 0.0))
         if certain(found, share, known):
@@ -85,11 +91,13 @@ def _ragged_within(chosen: Ranks, known: Known) -> tuple[int, ...]:
 def _ragged_fitting(chosen: Ranks, known: Known) -> tuple[int, ...]:
     """Every module at its own rank up to the largest common limit whose file fits."""
     full = _each(chosen, known, None)
-    capped = [tuple(min(r, limit) for r in full) for limit in range(1, max(full, default=1) + 1)]
+    least = chosen.floor or 0
+    limits = range(max(least, 1), max(full, default=1) + 1)
+    capped = [tuple(max(min(r, limit), least) for r in full) for limit in limits]
     fitting = [each for each in capped if known.bytes_at(each) <= (chosen.size or 0)]
     if not fitting:
         raise BudgetError(
-            f"--size {chosen.size}: the smallest adapter of rank 1 has "
+            f"--size {chosen.size}: the smallest adapter of rank {limits[0]} has "
             f"{known.bytes_at(capped[0]):,} bytes",
             hint="let modules go with --allocate global, or choose a narrower --dtype",
         )

@@ -12,41 +12,46 @@ from adapterops.ranks import Ranks
 
 
 def uniform(chosen: Ranks, known: Known) -> int:
-    """The uniform rank that the target means."""
+    """The uniform rank that the target means.
+
+    A ceiling caps what is asked for or fits; what a bound needs above it is refused.
+    """
     plan, least = known.plan, chosen.floor or 1
+    count = len(plan.modules)
     if chosen.rank is not None:
-        return _legal(max(requested(chosen, plan), least), known, asked=True)
+        asked = min(requested(chosen, plan), chosen.ceiling or math.inf)
+        return _below(_legal(max(int(asked), least), known, asked=True), chosen, known)
     if chosen.ratio is not None:
-        per_rank = plan.parameters([1] * len(plan.modules))
+        per_rank = plan.parameters([1] * count)
         most = int(chosen.ratio * plan.stored_parameters / per_rank * (1 + 1e-12))
-        return _largest(chosen, known, most, lambda k: k <= most, f"--ratio {chosen.ratio:g}")
+        return _largest(chosen, known, most, lambda k: k <= most)
     full = max(ranks.lossless(known.spectra), least)
     if chosen.size is not None:
-        allowed = chosen.size
-        count = len(plan.modules)
-        return _largest(
-            chosen,
-            known,
-            full,
-            lambda k: known.bytes_at([k] * count) <= allowed,
-            f"--size {chosen.size}",
-        )
+        size = chosen.size
+        return _largest(chosen, known, full, lambda k: known.bytes_at([k] * count) <= size)
     tail = ranks.tails(known.spectra)
     rank = full
     if chosen.energy is not None:
         check_reach(chosen.energy, tail, known.whole)
-        rank = min(ranks.for_energy(tail, chosen.energy, known.whole), full)
+        kept = known.sure_energy(chosen.energy)
+        rank = min(ranks.for_energy(tail, kept, known.whole), full)
     elif chosen.max_error is not None and tail[0] > 0:
         rank = _within(chosen.max_error, known, full)
-    rank = _legal(max(rank, least), known)
-    if chosen.ceiling is not None and rank > chosen.ceiling:
-        lost = float(tail[min(chosen.ceiling, len(tail) - 1)]) / known.whole
-        raise BudgetError(
-            f"{shown(chosen)} needs rank {rank}, --max-rank is {chosen.ceiling}: rank "
-            f"{chosen.ceiling} cuts off {lost:.3g}",
-            hint="raise --max-rank or allow a larger error",
-        )
-    return rank
+    return _below(_legal(max(rank, least), known), chosen, known)
+
+
+def _below(rank: int, chosen: Ranks, known: Known) -> int:
+    """The rank, refused where it is above the ceiling."""
+    if chosen.ceiling is None or rank <= chosen.ceiling:
+        return rank
+    message = f"{shown(chosen)} needs rank {rank}, --max-rank is {chosen.ceiling}"
+    if known.form is not None and (known.legal(1) or 1) > 1:
+        message += f" ({known.form.engine.title} takes no rank between)"
+    if known.spectra:
+        tail = ranks.tails(known.spectra)
+        lost = float(tail[min(chosen.ceiling, len(tail) - 1)]) / (known.whole or 1.0)
+        message += f": rank {chosen.ceiling} cuts off {lost:.3g}"
+    raise BudgetError(message, hint="raise --max-rank or allow a larger error")
 
 
 def _legal(rank: int, known: Known, *, asked: bool = False) -> int:
@@ -58,18 +63,16 @@ def _legal(rank: int, known: Known, *, asked: bool = False) -> int:
     raise known.form.beyond(rank, asked=asked)
 
 
-def _largest(
-    chosen: Ranks, known: Known, most: int, fits: Callable[[int], bool], asked: str
-) -> int:
-    """The largest legal rank up to the first that loses nothing whose file fits."""
+def _largest(chosen: Ranks, known: Known, most: int, fits: Callable[[int], bool]) -> int:
+    """The largest legal rank up to the ceiling, and to the first that loses nothing, that fits."""
     limit = min(most, chosen.ceiling or most)
-    least = _legal(chosen.floor or 1, known)
+    least = _below(_legal(chosen.floor or 1, known), chosen, known)
     if not fits(least):
         plan = known.plan
         few = [least] * len(plan.modules)
         raise BudgetError(
-            f"{asked}: the smallest adapter of rank {least} has {plan.parameters(few):,} numbers "
-            f"in its factors and {known.bytes_at(few):,} bytes",
+            f"{shown(chosen)}: the smallest adapter of rank {least} has {plan.parameters(few):,} "
+            f"numbers in its factors and {known.bytes_at(few):,} bytes",
             hint="leave modules out with --modules or choose a narrower --dtype"
             + ("" if known.form else ", or let modules go with --allocate global"),
         )
@@ -86,9 +89,10 @@ def _largest(
 def _within(max_error: float, known: Known, full: int) -> int:
     """The smallest rank whose error as written, truncation and storage together, is allowed.
 
-    Truncation alone gives a lower bound; from there each rank is tried as it would be written.
+    Truncation alone gives a lower bound. What a trial there loses in storing, which hardly depends
+    on the rank, says where to try next.
     """
-    tail, allowed = ranks.tails(known.spectra), max_error * known.whole
+    tail, allowed = ranks.tails(known.spectra), known.allowed(max_error)
     count = len(known.plan.modules)
     rank = _legal(min(ranks.smallest(tail, allowed), full), known)
     while True:

@@ -83,7 +83,7 @@ def difference(
     dialect = "diffusers" if tuned.is_pipeline or part else "peft"
     named = [replace(pair, name=f"{part}.{pair.name}") for pair in changed] if part else changed
     fate = decide(named, every, tuned, dialect, vectors, embeddings)
-    sites, extras = _sites(fate, tuned, dialect), _extras(fate, every)
+    sites, extras = _sites(fate, tuned, dialect), _extras(fate, every, tuned)
     for ref in extras.values():
         check_finite(ref, ref.shape[0] if ref.shape else 1, ref.name.rpartition(".")[0])
     known = {pair.module for pair in every if len(pair.tuned.shape) > 1}
@@ -188,9 +188,14 @@ def _sites(fate: Fate, tuned: BaseModel, dialect: str) -> dict[str, Site]:
             pair, pair.module, dialect, layer, size, turned=turned, kernel=shape[2:]
         )
         if pair.tied:
-            head = "embed_out" if tuned.config.get("model_type") == "gpt_neox" else "lm_head"
+            head = _head(tuned)
             sites[head] = _site(pair, head, dialect, "linear", matrix, turned=False)
     return sites
+
+
+def _head(model: BaseModel) -> str:
+    """What a model that ties its head calls it."""
+    return "embed_out" if model.config.get("model_type") == "gpt_neox" else "lm_head"
 
 
 def _site(
@@ -219,14 +224,14 @@ def _site(
     )
 
 
-def _extras(fate: Fate, every: Sequence[Pair]) -> dict[str, Ref]:
+def _extras(fate: Fate, every: Sequence[Pair], tuned: BaseModel) -> dict[str, Ref]:
     """Whole modules and single biases under PEFT's names; a tied embedding is the head too."""
     saved = {pair.name: pair.tuned for pair in fate.biases}
     for pair in every:
         if pair.module in fate.modules:
             saved[pair.name] = pair.tuned
             if pair.tied:
-                saved["lm_head.weight"] = pair.tuned
+                saved[f"{_head(tuned)}.weight"] = pair.tuned
     return {f"{peft.PREFIX}{name}": ref for name, ref in saved.items()}
 
 
@@ -238,7 +243,7 @@ def _config(
     owners = {pair.module for pair in every}
     saved = [*fate.modules]
     if any(pair.tied and pair.module in fate.modules for pair in every):
-        saved.append("lm_head")
+        saved.append(_head(base))
     task = next((task for end, task in _TASKS if base.architecture.endswith(end)), None)
     return {
         "target_modules": _short(sites, layers, lambda path, name: f".{path}".endswith(f".{name}")),

@@ -29,6 +29,10 @@ def check_options(options: Mapping[str, Any]) -> None:
             "nothing to do: no target, form, dtype or engine was given",
             hint="for example --max-error 0.05, --rank 16, --ratio 0.5 or --engine vllm",
         )
+    if options.get("base") is not None and not (
+        options.get("engine") or options.get("metric") == "relative"
+    ):
+        raise UsageError("--base says nothing here; it is for --metric relative and --engine")
     several = options.get("ragged") or options.get("allocate") == "global"
     if options.get("engine") and (several or any(options.get(n) is not None for n in _RULES)):
         raise UsageError(
@@ -77,7 +81,7 @@ def compress(
     """Write an adapter at the rank that a target calls for, and return its certificate.
 
     The cut is the best there is: per module that of Eckart & Young (1936) in the metric, computed
-    from the factors. Raising the rank pads with zeros.
+    from the factors. Raising the rank adds columns that change nothing.
 
     Args:
         adapter: a path or an Adapter.

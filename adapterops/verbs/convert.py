@@ -59,7 +59,8 @@ def convert(
             (alpha = rank) or "rslora" (alpha / √r).
         base: the model that the adapter was trained on: a file, folder or shard index.
         residual: that model as the adapter's initialisation left it.
-        rank, energy, max_error, size, max_rank: as in `compress`; nothing is cut without them.
+        rank, energy, max_error, size, max_rank: as in `compress`. Without them nothing is cut, and
+            modules keep ranks of their own where the dialect can say so.
         form, modules, extras, dtype, alpha: as in `compress`.
         device, memory, jobs, overwrite, strict, allow_pickle, dry_run, progress: as in `merge`.
 
@@ -70,6 +71,12 @@ def convert(
         raise UsageError(f"to={to!r}: expected peft, kohya, diffusers or mlx")
     if residual is not None and base is None:
         raise UsageError("--residual is relative to --base; give both")
+    targets = (rank, energy, max_error, size)
+    if max_rank is not None and all(target is None for target in targets):
+        raise UsageError(
+            "--max-rank bounds what a target chooses, and there is none",
+            hint="--rank N cuts to a rank",
+        )
     recorded: dict[str, Any] = {}
     if base is None:
         opened = open_one(adapter, alpha=alpha, allow_pickle=allow_pickle)
@@ -89,7 +96,7 @@ def convert(
         max_error=max_error,
         size=size,
         max_rank=max_rank,
-        as_stored=all(target is None for target in (rank, energy, max_error, size)),
+        as_stored=all(target is None for target in targets),
         scaling=scaling,
         form=form,
         modules=modules,
