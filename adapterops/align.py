@@ -48,10 +48,11 @@ def align(
     dense: dict[str, list[DensePart]] = defaultdict(list)
     for index, (file, weight) in enumerate(zip(inputs, weights, strict=True)):
         for stem, site in file.sites.items() if weight else ():
-            _check_coefficient(weight * site.scale, weight, file, stem)
+            where = f"its scale {site.scale:g} ({site.scale_from}), weighted by {weight:g},"
+            _check_coefficient(weight * site.scale, where, file, stem)
             gathered[stem].append(Part(index, weight * site.scale, site))
         for name, ref in file.deltas.items() if weight else ():
-            _check_coefficient(weight, weight, file, name)
+            _check_coefficient(weight, f"the weight {weight:g}", file, name)
             dense[changed[index][name]].append(DensePart(index, weight, ref))
     if not gathered and not dense:
         raise NumericsError("every weight is zero: the result is nothing but zeros")
@@ -160,14 +161,15 @@ def _dense_sum(
     return DenseSum(parts[0].ref.name, first.shape, tuple(parts), tuple(factors))
 
 
-def _check_coefficient(coefficient: float, weight: float, file: AdapterFile, stem: str) -> None:
+def _check_coefficient(coefficient: float, made: str, file: AdapterFile, stem: str) -> None:
     """Products of two such factors must neither vanish nor overflow in float64."""
     if not _SMALLEST <= abs(coefficient) <= _LARGEST:
         raise UsageError(
-            f"the weight {weight:g} makes its coefficient {coefficient:g}; coefficients from "
-            f"{_SMALLEST:g} to {_LARGEST:g} can be computed with",
+            f"{made} makes the coefficient {coefficient:g}; coefficients from {_SMALLEST:g} to "
+            f"{_LARGEST:g} can be computed with",
             path=file.path,
             module=stem,
+            hint="if the file states a wrong alpha, --alpha PATH=X gives the right one",
         )
 
 

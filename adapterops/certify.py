@@ -172,6 +172,15 @@ def notes(plan: Plan, report: Report, copy: bool) -> list[str]:
         result.append(
             f"storing the factors in 16 bits costs {report.storage:.2g}; --dtype float32 avoids it"
         )
+    if report.metric == "activation":
+        blind = [
+            stem
+            for stem, module in report.modules.items()
+            if module.metric_error is None and module.norm > module.floor
+        ]
+        if blind:
+            more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
+            result.append(f"{blind[0]}{more}: the activations make nothing of it, nor of its error")
     if report.norm == 0.0:
         result.append("all inputs are zero: so is the result")
     if plan.left_out:

@@ -40,8 +40,15 @@ def check_free(
 
 
 def check_apart(final: Path, inputs: Sequence[AdapterFile]) -> None:
-    """The output must not be an input, nor a directory that holds one."""
+    """The output must not be an input, nor a directory that holds one, nor inside one."""
     for file in inputs:
+        place = Path(os.path.realpath(file.path))
+        if place in final.parents and place.is_dir():
+            raise OutputExistsError(
+                f"the output is inside the input {file.path}",
+                path=os.fspath(final),
+                hint="choose another name; inputs are never changed",
+            )
         for path in (file.path, *file.weights_files):
             real = Path(os.path.realpath(path))
             if real == final or final in real.parents:
@@ -64,7 +71,8 @@ def check_sidecar(path: Path) -> None:
 
 def check_promises(report: Report, figures: Sequence[Figures], bound: float | None) -> None:
     """Refuse a result below the noise of its inputs, or beyond the error that was promised."""
-    check_cancellation(report.norm, report.floor, any(figure.beta > 0 for figure in figures))
+    something = any(figure.beta > 0 for figure in figures)
+    check_cancellation(report.norm, report.floor, something, len(report.inputs))
     noise = report.floor / report.norm if report.norm else 0.0
     if bound is not None and max(report.metric_error, noise) > bound * (1 + 1e-12):
         raise BudgetError(
@@ -73,11 +81,13 @@ def check_promises(report: Report, figures: Sequence[Figures], bound: float | No
         )
 
 
-def check_cancellation(norm: float, floor: float, something: bool) -> None:
+def check_cancellation(norm: float, floor: float, something: bool, inputs: int) -> None:
     """Refuse a sum of which nothing is left but rounding noise."""
     if something and norm <= floor:
         raise NumericsError(
-            f"the inputs cancel: ‖ΔW‖ = {norm:.2g} is below the rounding noise {floor:.2g} of what "
-            "went in",
-            hint="are two of the inputs the same adapter with opposite weights?",
+            f"{'the inputs cancel' if inputs > 1 else 'the adapter cancels in itself'}: "
+            f"‖ΔW‖ = {norm:.2g} is below the rounding noise {floor:.2g} of what went in",
+            hint="are two of the inputs the same adapter with opposite weights?"
+            if inputs > 1
+            else "its factors leave nothing of each other; leave it out",
         )

@@ -131,8 +131,11 @@ def _captured(total: Sum, rank: int, enough: float = _SETTLED) -> _Captured:
     width = min(rank + _OVERSAMPLING, m, n)
     whole = width == min(m, n)
     single = total.is_dense and not whole
-    start = _signs(total.module.stem, n, width).astype(np.float32 if single else np.float64)
-    sample = total.matmul(put(start, total.device))
+    if whole:  # all of a side: nothing is left to chance
+        sample = put(np.eye(m), total.device) if m <= n else total.rows(0, m)
+    else:
+        start = _signs(total.module.stem, n, width).astype(np.float32 if single else np.float64)
+        sample = total.matmul(put(start, total.device))
     xp = namespace(sample)
     norm, before = total.norm if single else total.exact_norm, math.inf
     for done in range(1, _MOST_PASSES + 1):

@@ -83,11 +83,10 @@ class Ranks:
         if self.floor and self.ceiling and self.floor > self.ceiling:
             raise UsageError(f"--min-rank {self.floor} is above --max-rank {self.ceiling}")
         if isinstance(self.rank, int) and self.allocate == "uniform":
-            low, high = self.floor or 1, self.ceiling or self.rank
-            if not low <= self.rank <= high:
-                raise UsageError(
-                    f"--rank {self.rank} is outside --min-rank {low} and --max-rank {high}"
-                )
+            if self.floor and self.rank < self.floor:
+                raise UsageError(f"--rank {self.rank} is below --min-rank {self.floor}")
+            if self.ceiling and self.rank > self.ceiling:
+                raise UsageError(f"--rank {self.rank} is above --max-rank {self.ceiling}")
 
     @property
     def target(self) -> str | None:

@@ -175,9 +175,9 @@ def _save(
         known: list[Spectrum | Figures] = [*spectra, *dense]
         whole = total([each.norm for each in known])
         if spectra:
-            check_cancellation(
-                whole, total([each.floor for each in known]), any(each.beta > 0 for each in known)
-            )
+            floor = total([each.floor for each in known])
+            something = any(each.beta > 0 for each in known)
+            check_cancellation(whole, floor, something, len(inputs))
     if not copy:
 
         def error_at(chosen: Sequence[int]) -> float:

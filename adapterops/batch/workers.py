@@ -147,7 +147,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _serve() -> None:
-    with os.fdopen(os.dup(1), "wb") as results, suppress(BrokenPipeError, EOFError):
+    with suppress(BrokenPipeError, EOFError), os.fdopen(os.dup(1), "wb") as results:
         os.dup2(2, 1)  # what anything prints must not end up among the results
         while True:
             work, chunk = pickle.load(sys.stdin.buffer)

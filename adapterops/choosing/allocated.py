@@ -79,6 +79,8 @@ def _spread(known: Known, found: allocate.Allocation) -> Choice:
     for members, rank in zip(known.plan.groups, found.ranks, strict=True):
         for i in members:
             result[i] = rank
+    if not any(result) and not known.whole:  # zeros at rank 1 are still an adapter
+        return Choice((1,) * len(result), found.gap)
     if not any(result):
         raise BudgetError(
             "no direction fits: every module would end at rank 0",

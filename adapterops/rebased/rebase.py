@@ -19,6 +19,7 @@ from adapterops.errors import FormatError, IncompatibleError, UnsupportedError, 
 from adapterops.formats import diffusers, peft
 from adapterops.formats.kinds import KINDS, kind_of
 from adapterops.formats.model import AdapterFile, Ref, Site
+from adapterops.provenance import base_name
 from adapterops.rebased.magnitude import axis_of
 from adapterops.rebased.weights import weights
 
@@ -73,7 +74,7 @@ def rebase(file: AdapterFile, base: BaseModel, residual: BaseModel | None = None
         sites={**file.sites, **sites},
         config=_without(file.config, _RELATIVE_KEYS),
         metadata=_plain(file.metadata),
-        notes=(*file.notes, *_notes(file, sites)),
+        notes=(*file.notes, *_notes(file, sites), *_other_base(file, base)),
         problems=(),
         relative=(),
     )
@@ -215,6 +216,17 @@ def _notes(file: AdapterFile, sites: Mapping[str, Site]) -> list[str]:
         f"{format_name(dtype)}; that rounding is not in ΔW (--residual takes it along)"
         for dtype in sorted(narrow)
     ]
+
+
+def _other_base(file: AdapterFile, base: BaseModel) -> list[str]:
+    """A warning where the base says that it is another model than the adapter names."""
+    itself = base.config.get("_name_or_path")
+    if not file.base or not itself:
+        return []
+    names = {base_name(str(name)).lower() for name in (itself, base.name)}
+    if base_name(file.base).lower() in names:
+        return []
+    return [f"{file.path} names the base {file.base!r}, {base.path} is {itself!r}; shapes agree"]
 
 
 def _without(config: Mapping[str, _T], names: Collection[str]) -> dict[str, _T]:
