@@ -250,11 +250,13 @@ def _configs(given: Path, found: list[tuple[str, Path]]) -> dict[str, Mapping[st
 
 def _check_index(given: Path, found: list[tuple[str, Path]], tensors: Mapping[str, Ref]) -> None:
     """Every tensor must be in the shard that the index has for it."""
-    folders = {file.parent: prefix for prefix, file in found if checkpoint.is_shard(file)}
-    indexes = [(prefix, index) for folder, prefix in folders.items() for index in _index(folder)]
+    folders = {file.parent: prefix for prefix, file in found} if given.is_dir() else {}
+    indexes = [(prefix, checkpoint.index_of(folder)) for folder, prefix in folders.items()]
     if checkpoint.is_index(given):
         indexes = [("", given)]
     for prefix, index in indexes:
+        if index is None:
+            continue
         for name, shard in checkpoint.weight_map(index).items():
             ref = tensors.get(prefix + name)
             if ref is None or os.path.basename(ref.source.path) != shard:
@@ -264,10 +266,6 @@ def _check_index(given: Path, found: list[tuple[str, Path]], tensors: Mapping[st
                     path=index,
                     hint="fetch the index and its shards again",
                 )
-
-
-def _index(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors.index.json"))[:1]
 
 
 def _without_weights(given: Path) -> FormatError:

@@ -15,6 +15,7 @@ from adapterops.files.source import LocalFile, file_header, read_bytes
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.)")
 _HALF = re.compile(r"\.(fp16|bf16)\.")
 _INDEX = ".safetensors.index.json"
+_INDEXES = tuple(f"{name}{_INDEX}" for name in ("model", "diffusion_pytorch_model"))
 _LARGEST_INDEX = 64 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -30,11 +31,15 @@ def is_shard(path: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of the one model in a folder: all its shards, or the file that is no other's copy.
+    """The files of the one model in a folder: those that an index names, all its shards, or the
+    file that is no other's copy.
 
     Raises FormatError where shards are missing or the folder holds several models, UnsafeFileError
     for an index that names files elsewhere.
     """
+    index = index_of(folder)
+    if index is not None:
+        return indexed(index)
     files = sorted(folder.glob("*.safetensors"))
     shards = [file for file in files if is_shard(file)]
     single = [file for file in files if file not in shards]
@@ -46,12 +51,6 @@ def weight_files(folder: Path) -> list[Path]:
         raise FormatError(
             f"holds several models ({names})", path=folder, hint="name the file of the base"
         )
-    indexes = [folder / f"{_SHARD.sub('', shard.name)}.index.json" for shard in shards[:1]]
-    if not whole:
-        indexes += sorted(folder.glob(f"*{_INDEX}"))
-    for index in indexes:
-        if index.is_file():
-            return indexed(index)
     for file in shards:
         found = _SHARD.search(file.name)
         if found and int(found[2]) != len(shards):
@@ -59,6 +58,23 @@ def weight_files(folder: Path) -> list[Path]:
                 f"holds {len(shards)} of {int(found[2])} shards", path=folder, hint="fetch the rest"
             )
     return shards or whole
+
+
+def index_of(folder: Path) -> Path | None:
+    """The index that says which files of a folder are its model, None where none does.
+
+    One under another name than libraries give it decides only where all files are shards, and
+    none does beside a file of the whole model, which loaders look for first.
+    """
+    found = [folder / name for name in _INDEXES]
+    if all(is_shard(file) for file in folder.glob("*.safetensors")):
+        found += sorted(folder.glob(f"*{_INDEX}"))
+    return next((i for i in found if i.is_file() and not _whole(i).is_file()), None)
+
+
+def _whole(index: Path) -> Path:
+    """The file that would hold a whole model by itself."""
+    return index.with_name(index.name.removesuffix(".index.json"))
 
 
 def indexed(index: Path) -> list[Path]:
@@ -113,7 +129,8 @@ def model_files(path: str | os.PathLike[str]) -> list[tuple[str, Path]]:
         return [("", given)]
     try:
         folders = [("", given)]
-        if not any(given.glob("*.safetensors")) and not (given / "config.json").is_file():
+        own = ("*.safetensors", f"*{_INDEX}", "config.json")
+        if not any(file for pattern in own for file in given.glob(pattern)):
             folders = [(f"{f.name}.", f) for f in sorted(given.iterdir()) if f.is_dir()]
         return [(prefix, file) for prefix, folder in folders for file in weight_files(folder)]
     except OSError as error:
