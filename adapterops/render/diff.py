@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import shutil
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +12,7 @@ from adapterops.difference.report import (
     ModuleDifference,
     PairDifference,
 )
-from adapterops.render.text import count, grid, safe
+from adapterops.render.text import count, drawn, grid, safe
 
 _WIDTH = 10_000  # off a terminal nothing is gained by squeezing columns
 _WORST = 5
@@ -35,26 +32,17 @@ _EVIDENCE = {
 
 def comparison(report: DiffReport, *, verbose: bool = False) -> str:
     """The whole report as text; colours only on a terminal. `verbose`: every module and name."""
-    from rich.console import Console
 
-    terminal = sys.stdout.isatty()
-    buffer = io.StringIO()
-    console = Console(
-        emoji=False,
-        file=buffer,
-        force_terminal=terminal,
-        highlight=False,
-        soft_wrap=True,
-        width=shutil.get_terminal_size().columns if terminal else _WIDTH,
-    )
-    console.print(_inputs(report))
-    if report.pair is None:
-        _matrices(console, report)
-    else:
-        _pair(console, report.pair, verbose)
-    if report.left_out:
-        console.print(f"{count(report.left_out, 'module')} left out by --modules")
-    return buffer.getvalue().rstrip("\n")
+    def draw(console: Any) -> None:
+        console.print(_inputs(report))
+        if report.pair is None:
+            _matrices(console, report)
+        else:
+            _pair(console, report.pair, verbose)
+        if report.left_out:
+            console.print(f"{count(report.left_out, 'module')} left out by --modules")
+
+    return drawn(draw, _WIDTH)
 
 
 def share(value: float | None, floor: float | None = 0.0) -> str:

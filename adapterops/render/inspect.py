@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import shutil
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +9,7 @@ from adapterops.inspection.report import FamilyInfo, Inspection, ScaleInfo, Tens
 from adapterops.inspection.spectra import SHARES, percent
 from adapterops.inspection.stems import natural
 from adapterops.render.spectrum import print_spectrum
-from adapterops.render.text import count, grid, printable, safe
+from adapterops.render.text import count, drawn, grid, printable, safe
 
 _WIDTH = 10_000  # off a terminal nothing is gained by squeezing columns
 _EXTRAS = 12
@@ -21,41 +18,32 @@ _NOTES = 3
 
 def page(found: Inspection, *, verbose: bool = False) -> str:
     """Everything about one adapter, as text; colours only on a terminal."""
-    from rich.console import Console
 
-    terminal = sys.stdout.isatty()
-    buffer = io.StringIO()
-    console = Console(
-        emoji=False,
-        file=buffer,
-        force_terminal=terminal,
-        highlight=False,
-        soft_wrap=True,
-        width=shutil.get_terminal_size().columns if terminal else _WIDTH,
-    )
-    console.print(f"[bold]{safe(found.path)}[/bold]  {_headline(found)}")
-    for name, text in _facts(found):
-        console.print(f"{name:<15}{safe(text)}")
-    if found.families:
-        console.print(_modules(found.families))
-    if verbose and found.modules:
-        console.print(_single(found))
-    for title, tensors in (
-        ("extras", found.extras),
-        ("full deltas", found.deltas),
-        ("not read", found.unread),
-    ):
-        if tensors:
-            console.print(_tensors(title, tensors, len(tensors) if verbose else _EXTRAS))
-    if found.spectrum:
-        print_spectrum(console, found.spectrum, verbose=verbose)
-    if found.output:
-        console.print(f"drawn: {safe(found.output)}" + (" (before)" if found.skipped else ""))
-    for note in found.notes:
-        console.print(f"note: {safe(note)}")
-    for problem in found.problems:
-        console.print(f"merge would refuse this: {safe(_told(problem))}")
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+    def draw(console: Any) -> None:
+        console.print(f"[bold]{safe(found.path)}[/bold]  {_headline(found)}")
+        for name, text in _facts(found):
+            console.print(f"{name:<15}{safe(text)}")
+        if found.families:
+            console.print(_modules(found.families))
+        if verbose and found.modules:
+            console.print(_single(found))
+        for title, tensors in (
+            ("extras", found.extras),
+            ("full deltas", found.deltas),
+            ("not read", found.unread),
+        ):
+            if tensors:
+                console.print(_tensors(title, tensors, len(tensors) if verbose else _EXTRAS))
+        if found.spectrum:
+            print_spectrum(console, found.spectrum, verbose=verbose)
+        if found.output:
+            console.print(f"drawn: {safe(found.output)}" + (" (before)" if found.skipped else ""))
+        for note in found.notes:
+            console.print(f"note: {safe(note)}")
+        for problem in found.problems:
+            console.print(f"merge would refuse this: {safe(_told(problem))}")
+
+    return drawn(draw, _WIDTH)
 
 
 def table(adapters: Sequence[Inspection], failed: int) -> str:

@@ -12,8 +12,11 @@ _TEXT = {"where", "missing", "kind", "dialect", "from", "number format", "σ"}
 _WIDTH = 140  # off a terminal nothing is gained by squeezing columns
 
 
-def drawn(draw: Callable[[Any], None]) -> str:
-    """What `draw` prints on the console it is given; colours only where stdout is a terminal."""
+def drawn(draw: Callable[[Any], None], width: int = _WIDTH) -> str:
+    """What `draw` prints on the console it is given; colours only where stdout is a terminal.
+
+    Off a terminal lines are `width` characters wide.
+    """
     from rich.console import Console
 
     terminal = sys.stdout.isatty()
@@ -24,7 +27,7 @@ def drawn(draw: Callable[[Any], None]) -> str:
         force_terminal=terminal,
         highlight=False,
         soft_wrap=True,
-        width=shutil.get_terminal_size().columns if terminal else _WIDTH,
+        width=shutil.get_terminal_size().columns if terminal else width,
     )
     draw(console)
     return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip("\n").split("\n"))
