@@ -82,7 +82,12 @@ class Difference:
         ref = self._coarser
         powers = _powers(_raw(ref, start, stop), ref.dtype)
         relative = 2.0 ** -_precision(ref.dtype)
-        return float(np.dot(powers, powers)) * relative * relative / 12
+        with np.errstate(over="ignore"):
+            squares = float(np.dot(powers, powers))
+        if not math.isfinite(squares):  # numbers whose squares are beyond float32
+            wide = powers.astype(np.float64)
+            squares = float(np.dot(wide, wide))
+        return squares * relative * relative / 12
 
     def beta(self, norm: float) -> float:
         """‖ΔW‖: each number is rounded once, relative to itself."""

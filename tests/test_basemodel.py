@@ -224,6 +224,35 @@ class TestWeights:
         assert found == wanted
         assert model.embedding == "transformer.wte.weight" and model.head == "lm_head.weight"
 
+    @pytest.mark.parametrize(
+        ("leaf", "embedding", "indirect", "tokens"),
+        [
+            ("embed_tokens", True, False, True),
+            ("wpe", True, False, False),
+            ("position_embeddings", True, False, False),
+            ("relative_attention_bias", True, False, False),
+            ("embed_positions", True, True, False),
+            ("position_embedding", True, True, False),
+            ("rel_embeddings", True, True, False),
+            ("y_position_embeddings", True, True, False),
+            ("token_type_embeddings_3", True, True, False),
+            ("pos_embed", True, True, False),
+            ("w", True, False, True),
+            ("x_embedder", False, False, False),
+            ("time_embed", False, False, False),
+            ("query", False, False, False),
+        ],
+    )
+    def test_kinds_of_embeddings(
+        self, leaf: str, embedding: bool, indirect: bool, tokens: bool, tmp_path: Path
+    ):
+        name = f"body.{leaf}.weight"
+        config = {"vocab_size": 9 if leaf in ("w", "query") else 4}
+        folder = checkpoints.write(tmp_path / "m", {name: np.ones((9, 4))}, config=config)
+        model = open_model(folder)
+        found = model.is_embedding(name), model.is_indirect(name), model.is_tokens(name)
+        assert found == (embedding, indirect, tokens)
+
     def test_equal_bytes_stop_at_the_first_difference(self, tmp_path: Path):
         one, other = np.zeros((64, 64)), np.zeros((64, 64))
         other[40, 3] = 1.0
@@ -231,6 +260,37 @@ class TestWeights:
         tensors = open_model(folder).tensors
         a, b = tensors["a.weight"], tensors["b.weight"]
         assert same_bytes(a, a, block=1000) and not same_bytes(a, b, block=1000)
+
+
+@pytest.mark.parametrize(
+    "stray", ["model.fp16.safetensors", "adapter_model.safetensors", "training_state.safetensors"]
+)
+def test_the_index_says_which_files_are_the_model(stray: str, tmp_path: Path):
+    folder = checkpoints.write(tmp_path / "m", PLAIN, shards=2)
+    (folder / stray).write_bytes(checkpoints.encode({"x": np.ones(2)}))
+    assert set(open_model(folder).tensors) == set(PLAIN)
+    (folder / checkpoints.INDEX).unlink()
+    with pytest.raises(FormatError, match="holds several models"):
+        open_model(folder)
+
+
+def test_a_whole_model_beside_shards_is_another(tmp_path: Path):
+    """Loaders look for the one file first: neither is taken for what was meant."""
+    folder = checkpoints.write(tmp_path / "m", PLAIN, shards=2)
+    (folder / "model.safetensors").write_bytes(checkpoints.encode({"x": np.ones(2)}))
+    with pytest.raises(FormatError, match="holds several models"):
+        open_model(folder)
+
+
+def test_an_index_alone(tmp_path: Path):
+    folder = checkpoints.write(tmp_path / "m", PLAIN, shards=2)
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
+    with pytest.raises(FormatError, match=r"0 of 2 shards: model-00001\S* is missing"):
+        open_model(folder)
+    (folder / checkpoints.INDEX).write_text('{"weight_map": {"a": "../x.safetensors"}}')
+    with pytest.raises(UnsafeFileError, match="no file of its own folder"):
+        open_model(folder)
 
 
 def test_the_files_of_mistral(tmp_path: Path):

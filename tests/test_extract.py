@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from adapterops.errors import (
     UsageError,
 )
 from adapterops.verbs.extract import extract
-from tests import checkpoints, image_models
+from tests import architectures, checkpoints, image_models
 from tests.peft_models import quiet
 from tests.support import load_file, read_peft
 
@@ -113,9 +115,22 @@ class TestFigures:
         options = {"rank": None, "max_rank": 16, "vectors": "drop"}
         report = made(base, tuned, tmp_path / "out", max_error=0.1, **options)
         assert report.rank <= 6 and report.error <= 0.1
-        with pytest.raises(BudgetError, match=r"max-error 0.001.*full rank"):
+        with pytest.raises(BudgetError, match=r"max-error 0.001.*allow a larger error$"):
             made(base, tuned, tmp_path / "no", max_error=1e-3, **options)
         assert not (tmp_path / "no").exists()
+
+    @pytest.mark.parametrize("dtype", ["F32", "BF16"])
+    def test_rounding_is_the_reason_only_of_coarse_checkpoints(self, dtype: str, tmp_path: Path):
+        base, tuned = two(tmp_path, dtype, rank=20)
+        with pytest.raises(BudgetError) as caught:
+            made(base, tuned, tmp_path / "no", rank=None, energy=0.9999, max_rank=4)
+        assert ("what rounding to bfloat16 left" in str(caught.value)) is (dtype == "BF16")
+
+    def test_a_size_that_nothing_fits_has_a_way_out_that_extract_has(self, tmp_path: Path):
+        base, tuned = two(tmp_path, "BF16")
+        with pytest.raises(BudgetError, match=r"narrower --dtype$") as caught:
+            made(base, tuned, tmp_path / "no", rank=None, size=100)
+        assert "allocate" not in str(caught.value)
 
     @pytest.mark.parametrize("form", ["svd", "orthonormal-a", "orthonormal-b"])
     def test_forms(self, form: Any, tmp_path: Path):
@@ -151,6 +166,16 @@ class TestRounding:
         tuned = checkpoints.write(tmp_path / "tuned", changed, "BF16")
         [note] = [n for n in made(base, tuned, tmp_path / "out").notes if "rounding" in n]
         assert note.startswith("3 modules") and "model.layers.0.o_proj" in note
+
+    def test_the_noise_of_numbers_whose_squares_overflow(self, tmp_path: Path):
+        plain = {"q_proj.weight": np.full((8, 8), 1e30)}
+        base = checkpoints.write(tmp_path / "base", plain)
+        tuned = checkpoints.write(tmp_path / "tuned", checkpoints.plus(plain, 2, size=1e30))
+        report = made(base, tuned, tmp_path / "out")
+        assert not any("rounding" in note for note in report.notes)
+        ulp = 2.0 ** (np.floor(np.log2(1e30)) - 23)
+        noise = report.modules["q_proj"].noise
+        assert noise is not None and 0.1 < noise / (8 * ulp / 12**0.5) < 10
 
 
 class TestDeterminism:
@@ -337,6 +362,138 @@ class TestLanguageModels:
         np.testing.assert_allclose(got, checkpoints.logits(model), atol=1e-4)
 
 
+class TestArchitectures:
+    """What PEFT 0.21 and transformers 5 make of models that are no plain causal ones."""
+
+    def reloaded(self, kind: str, folder: Path) -> Any:
+        from peft import PeftModel
+
+        with quiet():
+            return PeftModel.from_pretrained(architectures.model(kind), str(folder)).eval()
+
+    def changed(self, kind: str, tmp_path: Path, wanted: Callable[[str], bool]) -> tuple[Any, Any]:
+        """What the model computes before and after a change, both saved."""
+        model = architectures.model(kind)
+        before = architectures.output(kind, model)
+        model.save_pretrained(tmp_path / "base")
+        checkpoints.change(model, wanted).save_pretrained(tmp_path / "tuned")
+        return before, architectures.output(kind, model)
+
+    def same(self, kind: str, tmp_path: Path, before: Any, after: Any) -> None:
+        got = architectures.output(kind, self.reloaded(kind, tmp_path / "out"))
+        assert np.abs(after - before).max() > 1e-3
+        assert np.abs(got - after).max() < 2e-5 * max(1.0, np.abs(after).max())
+
+    @pytest.mark.parametrize(
+        ("kind", "word", "policy"),
+        [
+            ("opt", "", "lora"),
+            ("opt", "", "save"),
+            ("bart", "embed_positions|fc1", "lora"),
+            ("t5", "relative_attention_bias|SelfAttention", "lora"),
+            ("t5", "relative_attention_bias|SelfAttention", "save"),
+            ("deberta", "rel_embeddings|dense", "lora"),
+            ("gpt_neox", "", "lora"),
+            ("gpt_neox", "", "save"),
+            ("gpt_neox_tied", "", "lora"),
+            ("whisper", "layers", "lora"),
+        ],
+        ids=lambda value: str(value).replace("|", "+") or "all",
+    )
+    @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+    def test_outputs(self, kind: str, word: str, policy: str, tmp_path: Path):
+        before, after = self.changed(kind, tmp_path, lambda n: re.search(word, n) is not None)
+        paths = tmp_path / "base", tmp_path / "tuned"
+        report = made(*paths, tmp_path / "out", rank=2, embeddings=policy, strict=True)
+        assert report.error < 1e-6
+        self.same(kind, tmp_path, before, after)
+
+    @pytest.mark.parametrize("policy", ["lora", "save"])
+    @pytest.mark.parametrize(
+        ("kind", "match"),
+        [
+            ("t5", "module shared: .*encoder.embed_tokens, decoder.embed_tokens"),
+            ("bart", "module model.shared: .*encoder, decoder and head share it"),
+            ("whisper", "module model.decoder.embed_tokens: .*share it"),
+            ("bert_mlm", "word_embeddings: .*BertForMaskedLM may use it as its head too"),
+            ("roberta_causal", "word_embeddings: .*RobertaForCausalLM may use it"),
+            ("biogpt", "embed_tokens: .*BioGptForCausalLM may use it"),
+            ("ctrl", "module transformer.w: .*CTRLLMHeadModel may use it"),
+        ],
+    )
+    def test_a_shared_embedding_is_refused(
+        self, kind: str, match: str, policy: str, tmp_path: Path
+    ):
+        names = "shared|embed_tokens|word_embeddings|transformer.w.weight|dense|fc1|DenseReluDense"
+        self.changed(kind, tmp_path, lambda name: re.search(names, name) is not None)
+        paths = tmp_path / "base", tmp_path / "tuned"
+        with pytest.raises(UnsupportedError, match=rf"{match}.*; .*--embeddings drop$"):
+            made(*paths, tmp_path / "out", embeddings=policy, vectors="drop")
+        report = made(*paths, tmp_path / "out", embeddings="drop", vectors="drop")
+        assert report.error < 1e-6 and not any("embed" in stem for stem in report.modules)
+
+    def test_without_a_config_nothing_says_what_reads_an_embedding(self, tmp_path: Path):
+        plain = {"model.embed_tokens.weight": np.eye(6), "model.q_proj.weight": np.eye(6)}
+        base = checkpoints.write(tmp_path / "base", plain)
+        tuned = checkpoints.write(tmp_path / "tuned", checkpoints.plus(plain, 1))
+        with pytest.raises(UnsupportedError, match=r"no config\.json says whether"):
+            made(base, tuned, tmp_path / "out", rank=1)
+
+    def test_renamed_architectures_are_warned_of(self, tmp_path: Path):
+        self.changed("vit", tmp_path, lambda name: "fc1.weight" in name)
+        paths = tmp_path / "base", tmp_path / "tuned"
+        report = made(*paths, tmp_path / "out", rank=2)
+        [warning] = report.warnings
+        assert "other names for modules of a vit" in warning and "keys are missing" in warning
+        with pytest.raises(IncompatibleError, match=r"--strict: transformers 5 has other names"):
+            made(*paths, tmp_path / "no", rank=2, strict=True)
+
+    @pytest.mark.parametrize("prefix", ["", "text_model."])
+    def test_a_leading_word_that_loaders_dropped(self, prefix: str, tmp_path: Path):
+        plain = {f"{prefix}encoder.q_proj.weight": np.eye(6)}
+        config = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]}
+        base = checkpoints.write(tmp_path / "base", plain, config=config)
+        tuned = checkpoints.write(tmp_path / "tuned", checkpoints.plus(plain, 1), config=config)
+        report = made(base, tuned, tmp_path / "out", rank=1)
+        assert bool(report.warnings) is bool(prefix)
+
+    def test_the_head_of_gpt_neox_has_the_loaders_name(self, tmp_path: Path):
+        self.changed("gpt_neox", tmp_path, lambda name: "lm_head" in name)
+        assert "embed_out.weight" in values(tmp_path / "base")
+        report = made(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=2)
+        assert set(report.modules) == {"lm_head"}
+
+    def test_a_parameter_beside_modules_cannot_be_saved(self, tmp_path: Path):
+        self.changed("bert_mlm", tmp_path, lambda name: "predictions" in name or "query" in name)
+        paths = tmp_path / "base", tmp_path / "tuned"
+        with pytest.raises(UnsupportedError, match=r"'cls.predictions.bias'.*--vectors drop"):
+            made(*paths, tmp_path / "out", embeddings="drop")
+        report = made(*paths, tmp_path / "out", embeddings="drop", vectors="drop")
+        assert report.extras["cls.predictions.bias"] == "dropped"
+
+    @pytest.mark.parametrize(
+        ("kind", "task"),
+        [("t5", "SEQ_2_SEQ_LM"), ("bart", "SEQ_2_SEQ_LM"), ("whisper", None), ("opt", "CAUSAL_LM")],
+    )
+    def test_the_class_of_peft(self, kind: str, task: str | None, tmp_path: Path):
+        self.changed(kind, tmp_path, lambda name: "fc1" in name or "SelfAttention.q" in name)
+        made(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=2)
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert config["task_type"] == task
+
+    def test_convolutions_of_whisper_are_warned_of(self, tmp_path: Path):
+        self.changed("whisper", tmp_path, lambda name: "conv1.weight" in name)
+        report = made(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=2)
+        assert any("stride" in warning for warning in report.warnings)
+
+    def test_an_embedding_alone_has_a_way_out(self, tmp_path: Path):
+        self.changed("opt", tmp_path, lambda name: "embed_tokens" in name)
+        paths = tmp_path / "base", tmp_path / "tuned"
+        for policy in ("save", "drop"):
+            with pytest.raises(UnsupportedError, match=r"no matrix is left.*--embeddings lora"):
+                made(*paths, tmp_path / "out", embeddings=policy)
+
+
 class TestImageModels:
     @pytest.mark.parametrize("place", ["component", "pipeline"])
     def test_a_unet(self, place: str, tmp_path: Path):
@@ -361,6 +518,22 @@ class TestImageModels:
         assert any(module.layer == "conv" for module in report.modules.values())
         for stem, change in exact.items():
             np.testing.assert_allclose(got[stem], change, atol=2e-6)
+
+    def test_to_peft(self, tmp_path: Path):
+        """A component by itself is a model of PEFT's, norms and biases with it."""
+        from peft import PeftModel
+
+        model = image_models.model("unet")
+        model.save_pretrained(tmp_path / "base")
+        checkpoints.change(model, lambda name: True).save_pretrained(tmp_path / "tuned")
+        paths = tmp_path / "base", tmp_path / "tuned"
+        report = made(*paths, tmp_path / "out", to="peft", rank=2)
+        assert report.dialect == "peft" and "conv_in" in report.modules and report.error < 1e-5
+        with quiet():
+            host = PeftModel.from_pretrained(image_models.model("unet"), str(tmp_path / "out"))
+        merged = host.merge_and_unload().state_dict()
+        for name, wanted in model.state_dict().items():
+            np.testing.assert_allclose(merged[name].numpy(), wanted.numpy(), atol=2e-6)
 
     def test_to_kohya(self, tmp_path: Path):
         model = image_models.model("unet")
@@ -427,6 +600,12 @@ class TestBadInput:
         name = "model.embed_tokens.weight"
         plain, less = {name: np.ones((9, 4))}, {name: np.ones((8, 4))}
         self.refused(tmp_path, plain, less, IncompatibleError, "the vocabulary shrank")
+
+    def test_more_positions_are_no_larger_vocabulary(self, tmp_path: Path):
+        name = "transformer.wpe.weight"
+        plain, more = {name: np.ones((8, 4))}, {name: np.ones((9, 4))}
+        match = r"base has 8 x 4, .*tuned has 9 x 4; are they"
+        self.refused(tmp_path, plain, more, IncompatibleError, match, embeddings="save")
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=["nan", "inf"])
     @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
@@ -524,6 +703,10 @@ class TestBadInput:
             made(base, tuned, base)
         with pytest.raises(OutputExistsError):
             made(base, tuned, tuned / "model.safetensors", overwrite=True)
+        for folder in (base, tuned):
+            with pytest.raises(OutputExistsError, match=r"inside the input .*never changed"):
+                made(base, tuned, folder / "out")
+            assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
         assert (base / "model.safetensors").is_file()
 
     def test_missing_files(self, tmp_path: Path):

@@ -24,9 +24,16 @@ from adapterops.formats.peft import read_config
 from adapterops.provenance import base_name
 
 _TOKENS = (*EMBEDDINGS, "token_embedding")  # embeddings with a row for each token
-_EMBEDDINGS = (
-    *_TOKENS,
-    *("wpe", "position_embeddings", "position_embedding", "token_type_embeddings"),
+# Of positions, distances and types: called with indices by every model of transformers 5.23 that
+# has them, so that PEFT's LoRA of an Embedding takes their place, ...
+_CALLED = ("wpe", "position_embeddings", "token_type_embeddings", "relative_attention_bias")
+# ... and those that some class computes from otherwise, where PEFT would fail or change nothing.
+_OTHERS = re.compile(
+    r"(\w*_)?(position_embeddings?|token_type_embeddings)(_\d+)?|embed_positions|positions_embed"
+    r"|(rel_|rel_attn_|query_)?(pos_)?embed|(rel_)?pos_emb|rel_embeddings|distance_embedding"
+    r"|position_(embedding_table|embeds_layer)|pe_k|segment_(emb|embedding)|embed_timestep"
+    r"|(level|point|label|cls)_embed|(row|column)_embed(der|dings)|entity_embeddings"
+    r"|ngram_embeddings"
 )
 _COMMON = re.compile(r"(model|diffusion_pytorch_model)[.-].*safetensors(\.index\.json)?$")
 _HUB = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
@@ -123,7 +130,8 @@ class BaseModel:
     def is_embedding(self, name: str) -> bool:
         """Whether a tensor is the weight of an Embedding (V, d), by its name.
 
-        One of another name is, if it has a row for each token of the config and is no head.
+        One of another name is, if it has a row for each token of the config and is no head
+        (CTRL's is called `w`).
         """
         owner, _, leaf = name.rpartition(".")
         last = owner.rpartition(".")[2]
@@ -131,7 +139,19 @@ class BaseModel:
         if leaf != "weight" or len(shape) != 2:
             return False
         tokens = self.configs.get(self.part(name), {}).get("vocab_size")
-        return last in _EMBEDDINGS or (shape[0] == tokens and "emb" in last)
+        by_size = shape[0] == tokens and ("emb" in last or last == "w")
+        return last in (*_TOKENS, *_CALLED) or by_size or self.is_indirect(name)
+
+    def is_indirect(self, name: str) -> bool:
+        """Whether a tensor is that of an Embedding which models read otherwise than by a call."""
+        owner, _, leaf = name.rpartition(".")
+        last = owner.rpartition(".")[2]
+        return leaf == "weight" and last not in _CALLED and _OTHERS.fullmatch(last) is not None
+
+    def is_tokens(self, name: str) -> bool:
+        """Whether a tensor is the weight of an Embedding of tokens, not of positions or types."""
+        last = name.rpartition(".")[0].rpartition(".")[2]
+        return self.is_embedding(name) and last not in _CALLED and not self.is_indirect(name)
 
     def is_head(self, name: str) -> bool:
         """Whether a tensor is the weight of a language model's head (V, d)."""

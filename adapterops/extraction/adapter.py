@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adapterops.basemodel import BaseModel, same_bytes
+from adapterops.basemodel import BaseModel, renamed, same_bytes
 from adapterops.errors import IncompatibleError, UnsupportedError, UsageError
 from adapterops.extraction.pairing import Pair, pairs
 from adapterops.extraction.policies import Fate, Kind, check_policies, decide
@@ -23,11 +23,7 @@ from adapterops.stream import Compute, Job, run
 
 Progress = Callable[[str, int, int], None]
 _COMPARED = 8 << 20  # bytes that comparing two tensors needs
-_TASKS = (
-    ("ForCausalLM", "CAUSAL_LM"),
-    ("LMHeadModel", "CAUSAL_LM"),
-    ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-)
+_HEAD = "lm_head"  # what a model that ties its head calls it
 _LAYERS: Mapping[Kind, Layer] = {"conv": "conv", "embedding": "embedding"}
 
 
@@ -56,10 +52,13 @@ def difference(
     modules: str | None,
     vectors: str,
     embeddings: str,
+    to: str | None = None,
     on: Compute,
     progress: Progress | None = None,
 ) -> Extraction:
     """tuned − base, tensor by tensor; reads no more than it takes to see which are equal.
+
+    With `to` "peft" a part of a pipeline is a model of its own, whose names PEFT knows.
 
     Raises IncompatibleError where the models do not go together or nothing differs,
     UnsupportedError for what an adapter cannot hold.
@@ -79,11 +78,11 @@ def difference(
             path=tuned.path,
             hint="is it the checkpoint after training?" if modules is None else None,
         )
-    part = _component(tuned) or _component(base)
+    part = "" if to == "peft" else _component(tuned) or _component(base)
     dialect = "diffusers" if tuned.is_pipeline or part else "peft"
     named = [replace(pair, name=f"{part}.{pair.name}") for pair in changed] if part else changed
     fate = decide(named, every, tuned, dialect, vectors, embeddings)
-    sites, extras = _sites(fate, tuned, dialect), _extras(fate, every, tuned)
+    sites, extras = _sites(fate, dialect), _extras(fate, every)
     for ref in extras.values():
         check_finite(ref, ref.shape[0] if ref.shape else 1, ref.name.rpartition(".")[0])
     known = {pair.module for pair in every if len(pair.tuned.shape) > 1}
@@ -96,7 +95,7 @@ def difference(
         extras=extras,
         tensors={pair.tuned.name: pair.tuned for pair, _ in fate.factors},
         config=_config(fate, sites, every, base) if dialect == "peft" else {},
-        notes=_warnings(fate, base, tuned),
+        notes=_warnings(fate, base, tuned, dialect),
         base=_called(base),
         identity=hashlib.sha256(f"{tuned.identity} {base.identity}".encode()).hexdigest(),
         files=tuple(dict.fromkeys((*tuned.files, *base.files))),
@@ -175,7 +174,7 @@ def _component(model: BaseModel) -> str:
     return "unet" if diffusers.canonical(first).startswith("unet.") else ""
 
 
-def _sites(fate: Fate, tuned: BaseModel, dialect: str) -> dict[str, Site]:
+def _sites(fate: Fate, dialect: str) -> dict[str, Site]:
     """The modules that become factors; a head that is the embedding is one of its own too."""
     sites: dict[str, Site] = {}
     for pair, kind in fate.factors:
@@ -188,14 +187,8 @@ def _sites(fate: Fate, tuned: BaseModel, dialect: str) -> dict[str, Site]:
             pair, pair.module, dialect, layer, size, turned=turned, kernel=shape[2:]
         )
         if pair.tied:
-            head = _head(tuned)
-            sites[head] = _site(pair, head, dialect, "linear", matrix, turned=False)
+            sites[_HEAD] = _site(pair, _HEAD, dialect, "linear", matrix, turned=False)
     return sites
-
-
-def _head(model: BaseModel) -> str:
-    """What a model that ties its head calls it."""
-    return "embed_out" if model.config.get("model_type") == "gpt_neox" else "lm_head"
 
 
 def _site(
@@ -224,14 +217,14 @@ def _site(
     )
 
 
-def _extras(fate: Fate, every: Sequence[Pair], tuned: BaseModel) -> dict[str, Ref]:
+def _extras(fate: Fate, every: Sequence[Pair]) -> dict[str, Ref]:
     """Whole modules and single biases under PEFT's names; a tied embedding is the head too."""
     saved = {pair.name: pair.tuned for pair in fate.biases}
     for pair in every:
         if pair.module in fate.modules:
             saved[pair.name] = pair.tuned
             if pair.tied:
-                saved[f"{_head(tuned)}.weight"] = pair.tuned
+                saved[f"{_HEAD}.weight"] = pair.tuned
     return {f"{peft.PREFIX}{name}": ref for name, ref in saved.items()}
 
 
@@ -239,19 +232,33 @@ def _config(
     fate: Fate, sites: Mapping[str, Site], every: Sequence[Pair], base: BaseModel
 ) -> dict[str, Any]:
     """What PEFT's loader must know: how weights lie, which modules are saved whole, the task."""
-    layers = {pair.module for pair in every if len(pair.tuned.shape) > 1}
-    owners = {pair.module for pair in every}
+    owners = {path for pair in every for path in _ancestors(pair.module)}
     saved = [*fate.modules]
     if any(pair.tied and pair.module in fate.modules for pair in every):
-        saved.append(_head(base))
-    task = next((task for end, task in _TASKS if base.architecture.endswith(end)), None)
+        saved.append(_HEAD)
     return {
-        "target_modules": _short(sites, layers, lambda path, name: f".{path}".endswith(f".{name}")),
+        "target_modules": _short(sites, owners, lambda path, name: f".{path}".endswith(f".{name}")),
         "modules_to_save": _short(saved, owners, str.endswith),
         "bias": "all" if fate.biases else "none",
         "fan_in_fan_out": any(kind == "conv1d" for _, kind in fate.factors),
-        "task_type": task,
+        "task_type": _task(base),
     }
+
+
+def _task(model: BaseModel) -> str | None:
+    """The class of PEFT's that wraps the model, None for the plain one.
+
+    PEFT's of sequences to sequences calls the model with input_ids: only an encoder that embeds
+    tokens takes these, one of audio or images does not.
+    """
+    if model.is_causal:
+        return "CAUSAL_LM"
+    reads = any(
+        f".{name}".endswith((".shared.weight", ".encoder.embed_tokens.weight"))
+        for name in model.tensors
+    )
+    texts = reads and model.architecture.endswith("ForConditionalGeneration")
+    return "SEQ_2_SEQ_LM" if texts else None
 
 
 def _short(
@@ -259,11 +266,22 @@ def _short(
 ) -> list[str]:
     """Last words of paths where these name no other module too, else whole paths.
 
-    PEFT compares modules_to_save with the ends of paths as text, target_modules from a dot on.
+    A number in a list may be that of a module without parameters, which is not known here. PEFT
+    compares modules_to_save with the ends of paths as text, target_modules from a dot on.
     """
-    leaves = Counter(path.rpartition(".")[2] for path in chosen)
-    safe = {leaf for leaf in leaves if all(path in chosen for path in known if matches(path, leaf))}
+    leaves = {path.rpartition(".")[2] for path in chosen}
+    safe = {
+        leaf
+        for leaf in leaves
+        if not leaf.isdigit() and all(path in chosen for path in known if matches(path, leaf))
+    }
     return sorted({leaf if (leaf := path.rpartition(".")[2]) in safe else path for path in chosen})
+
+
+def _ancestors(path: str) -> list[str]:
+    """A module's path and those of the modules that it is in."""
+    words = path.split(".")
+    return [".".join(words[: count + 1]) for count in range(len(words))]
 
 
 def _commonest(fate: Fate) -> str:
@@ -273,8 +291,8 @@ def _commonest(fate: Fate) -> str:
     return max(counts, key=lambda name: (counts[name], name), default="F32")
 
 
-def _warnings(fate: Fate, base: BaseModel, tuned: BaseModel) -> tuple[str, ...]:
-    result = []
+def _warnings(fate: Fate, base: BaseModel, tuned: BaseModel, dialect: str) -> tuple[str, ...]:
+    result = _names_warnings(fate, tuned) if dialect == "peft" else []
     if fate.resized:
         result.append(
             f"the vocabulary grew: call resize_token_embeddings({fate.resized}) on the base model "
@@ -284,6 +302,26 @@ def _warnings(fate: Fate, base: BaseModel, tuned: BaseModel) -> tuple[str, ...]:
     if all(kinds) and kinds[0] != kinds[1]:
         result.append(f"{base.path} is a {kinds[0]}, {tuned.path} a {kinds[1]}")
     return tuple(result)
+
+
+def _names_warnings(fate: Fate, model: BaseModel) -> list[str]:
+    """Where loaders have other names for modules than the checkpoint, and an adapter its names."""
+    kind = str(model.config.get("model_type"))
+    prefix = renamed.PREFIXES.get(model.architecture)
+    paths = [*(pair.module for pair, _ in fate.factors), *fate.modules]
+    result = []
+    if kind in renamed.RENAMED or (prefix and any(path.startswith(prefix) for path in paths)):
+        result.append(
+            f"transformers 5 has other names for modules of a {kind} than its files, and PEFT "
+            "finds not all of the files', which this adapter has: load it once and see whether "
+            "keys are missing; if so, rename its modules as model.named_modules() has them"
+        )
+    if kind == "whisper" and any(each == "conv" for _, each in fate.factors):
+        result.append(
+            "Whisper's encoder reads the stride of its convolutions, which PEFT's LoRA of one "
+            "lacks: leave conv1 and conv2 out with --modules"
+        )
+    return result
 
 
 def _called(model: BaseModel) -> str:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from adapterops.basemodel import BaseModel
+from adapterops.basemodel import BaseModel, renamed
 from adapterops.casts import READABLE
 from adapterops.errors import IncompatibleError, UnsupportedError
+from adapterops.extraction.readers import ties
 from adapterops.formats import diffusers
 from adapterops.formats.model import Ref
 
@@ -64,7 +65,9 @@ def pairs(base: BaseModel, tuned: BaseModel, wanted: Callable[[str], bool]) -> l
             f"{one.path} is a pipeline of several models, {other.path} a single model",
             hint="name the folder of the one component in both",
         )
-    names_b, names_t = _same_root(_names(base), _names(tuned))
+    heads = (renamed.HEADS.get(model.architecture) for model in (base, tuned))
+    head = next(filter(None, heads), ("", ""))
+    names_b, names_t = _same_root(_names(base, *head), _names(tuned, *head))
     mine, theirs = _with_heads(base, names_b, names_t), _with_heads(tuned, names_t, names_b)
     common = _parts(base, tuned)
     chosen = {
@@ -92,8 +95,8 @@ def _check_names(model: BaseModel) -> None:
         )
 
 
-def _names(model: BaseModel) -> dict[str, Ref]:
-    """Tensors by a loader's names, without buffers.
+def _names(model: BaseModel, stored: str, known: str) -> dict[str, Ref]:
+    """Tensors by a loader's names, without buffers; one that starts as `stored` is `known`.
 
     Norms have their present names; a model of a class with a head has the word that its body goes
     by, which checkpoints saved from the body alone lack.
@@ -107,6 +110,8 @@ def _names(model: BaseModel) -> dict[str, Ref]:
             continue
         if lacking and not model.is_head(name):
             name = f"{root}.{name}"
+        if stored and name.startswith(stored):
+            name = known + name.removeprefix(stored)
         head, dot, leaf = name.rpartition(".")
         result[f"{head}{dot}{_OLD_NORM.get(leaf, leaf)}"] = ref
     return result
@@ -142,7 +147,7 @@ def _with_heads(
 
 def _tied(base: BaseModel, tuned: BaseModel, theirs: Mapping[str, Ref]) -> str | None:
     """The embedding that is the head of both models and stored once, None where it is none."""
-    if not (base.is_tied and tuned.is_tied) or any(tuned.is_head(name) for name in theirs):
+    if not (ties(base) and ties(tuned)) or any(tuned.is_head(name) for name in theirs):
         return None
     ref = tuned.tensors[tuned.embedding or ""]
     return next(name for name, other in theirs.items() if other is ref)
@@ -195,9 +200,8 @@ def _grown(base: BaseModel, tuned: BaseModel, name: str, one: Ref, other: Ref) -
             )
     if one.shape == other.shape:
         return 0
-    rows = (tuned.is_head(name) or tuned.is_embedding(other.name)) and one.shape[1:] == other.shape[
-        1:
-    ]
+    counted = tuned.is_head(name) or tuned.is_tokens(other.name)
+    rows = counted and one.shape[1:] == other.shape[1:]
     if rows and other.shape[0] > one.shape[0]:
         return other.shape[0] - one.shape[0]
     shrunk = "; the vocabulary shrank" if rows else ""

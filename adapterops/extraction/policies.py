@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from adapterops.basemodel import BaseModel
 from adapterops.errors import IncompatibleError, UnsupportedError, UsageError
 from adapterops.extraction.pairing import Pair
+from adapterops.extraction.readers import unknown_reader
 from adapterops.formats import diffusers
 
 Vectors = Literal["save", "drop", "error"]
@@ -66,17 +67,21 @@ def decide(
         if kind == "vector":
             lengths.append(pair)
         elif kind in ("embedding", "head"):
-            _vocabulary(pair, kind, dialect, embeddings, fate)
+            _embedding(pair, kind, tuned, dialect, embeddings, fate)
         elif kind == "unknown" or not _has_place(pair, dialect):
             unknown.append(pair)
         else:
             fate.factors.append((pair, kind))
     _refuse(unknown)
-    _vectors(lengths, ranks, dialect, vectors, fate)
+    _vectors(lengths, ranks, dialect, vectors, tuned, fate)
     if not fate.factors:
+        rows = [pair for pair in changed if kind_of(pair, tuned) in ("embedding", "head")]
+        able = embeddings != "lora" and any(not tuned.is_indirect(p.name) for p in rows)
+        grown = any(pair.grown for pair in rows)
         raise UnsupportedError(
             f"no matrix is left to make factors of ({changed[0].name!r} differs): PEFT loads no "
-            "adapter without a LoRA in it"
+            "adapter without a LoRA in it",
+            hint="--embeddings lora makes factors of the embedding" if able and not grown else None,
         )
     return fate
 
@@ -104,8 +109,13 @@ def _has_place(pair: Pair, dialect: str) -> bool:
     return dialect != "diffusers" or bool(diffusers.component(pair.name))
 
 
-def _vocabulary(pair: Pair, kind: Kind, dialect: str, policy: str, fate: Fate) -> None:
-    """A changed embedding or head by policy; a tied one is both."""
+def _embedding(
+    pair: Pair, kind: Kind, model: BaseModel, dialect: str, policy: str, fate: Fate
+) -> None:
+    """A changed embedding or head by policy; a tied one is both.
+
+    One that PEFT has no LoRA for is saved whole instead.
+    """
     if policy == "drop":
         fate.dropped.append(pair.name)
         return
@@ -115,7 +125,16 @@ def _vocabulary(pair: Pair, kind: Kind, dialect: str, policy: str, fate: Fate) -
             module=pair.module,
             hint="leave it out with --embeddings drop, or ship it as a textual inversion",
         )
-    if policy == "lora":
+    if kind == "embedding" and model.is_tokens(pair.tuned.name):
+        reason = unknown_reader(pair.module, model)
+        if reason:
+            raise UnsupportedError(
+                f"this embedding differs, and {reason}: an adapter would change a part of the "
+                "model only",
+                module=pair.module,
+                hint="leave it out with --embeddings drop",
+            )
+    if policy == "lora" and not model.is_indirect(pair.name):
         if pair.grown:
             raise UnsupportedError(
                 f"the vocabulary grew by {pair.grown} tokens, which no change of the old ones "
@@ -148,7 +167,12 @@ def _refuse(unknown: Sequence[Pair]) -> None:
 
 
 def _vectors(
-    pairs: Sequence[Pair], ranks: dict[str, int], dialect: str, policy: str, fate: Fate
+    pairs: Sequence[Pair],
+    ranks: dict[str, int],
+    dialect: str,
+    policy: str,
+    model: BaseModel,
+    fate: Fate,
 ) -> None:
     """Norms and biases by policy: a norm is saved as a module, a layer's bias by itself."""
     if not pairs:
@@ -170,7 +194,22 @@ def _vectors(
             f"{what}: {place}", hint="leave them out with --vectors drop; the report names them"
         )
     for pair in pairs:
-        if pair.leaf == "bias" and ranks.get(f"{pair.module}.weight", 1) > 1:
+        own = pair.leaf == "bias" and ranks.get(f"{pair.module}.weight", 1) > 1
+        if not own and _is_container(pair, model):
+            raise UnsupportedError(
+                f"{pair.name!r} is a parameter of a module that has others in it, which PEFT "
+                "cannot save",
+                module=pair.module,
+                hint="leave vectors out with --vectors drop, or this one with --modules",
+            )
+        if own:
             fate.biases.append(pair)
         elif pair.module not in fate.modules:
             fate.modules.append(pair.module)
+
+
+def _is_container(pair: Pair, model: BaseModel) -> bool:
+    """Whether the module of a parameter has modules with parameters of their own in it."""
+    inside = f"{pair.tuned.name.rpartition('.')[0]}."
+    owners = {name.rpartition(".")[0] for name in model.tensors}
+    return any(owner.startswith(inside) for owner in owners)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from adapterops.basemodel import BaseModel, open_model
 from adapterops.casts import format_name
 from adapterops.certificate import PlanReport, Report
-from adapterops.errors import BudgetError, UsageError
+from adapterops.errors import BudgetError, OutputExistsError, UsageError
 from adapterops.extraction.adapter import Extraction, difference, sources
 from adapterops.extraction.rounding import notes as rounding_notes
 from adapterops.linalg import Form
@@ -19,6 +20,8 @@ from adapterops.save import save_sum
 
 _Path = str | os.PathLike[str]
 _WRITTEN = ("F16", "BF16", "F32")
+_COARSE = ("F16", "BF16", "F8_E4M3", "F8_E5M2")
+_GLOBAL = ", or let modules go with --allocate global"  # which only compress has
 
 
 def extract(
@@ -59,8 +62,10 @@ def extract(
         max_rank: the largest rank that energy, max_error and size may choose.
         vectors: norms and biases that differ: "save" them whole (PEFT), "drop" them, named in the
             report, or "error".
-        embeddings: token embeddings and the head: "lora", "save" them whole, or "drop" them. A
-            grown vocabulary can only be saved or dropped.
+        embeddings: embeddings and the head: "lora", "save" them whole, or "drop" them. A grown
+            vocabulary can only be saved or dropped; one that other modules share under names
+            which the files do not tell, only dropped. Embeddings of positions that PEFT has no
+            LoRA for are saved whole with "lora" too.
         form: how factors share the singular values: balanced, svd, orthonormal-a, orthonormal-b.
         modules: regular expression that a module path must match as a whole; others are not
             compared.
@@ -76,12 +81,15 @@ def extract(
     if isinstance(rank, str):
         raise UsageError(f"--rank {rank}: a checkpoint has no rank of its own; give a number")
     models = open_model(base), open_model(tuned)
+    found: Extraction | None = None
     try:
+        _check_outside(out, models)
         found = difference(
             *models,
             modules=modules,
             vectors=vectors,
             embeddings=embeddings,
+            to=to,
             on=compute(device, memory, jobs),
             progress=progress,
         )
@@ -109,20 +117,36 @@ def extract(
             progress=progress,
         )
     except BudgetError as error:
-        if energy is None and max_error is None:
-            raise
-        raise BudgetError(
-            error.message,
-            path=error.path,
-            module=error.module,
-            hint=f"{error.hint or 'allow more'}; what rounding to the checkpoints' format left in "
-            "the difference is of full rank, and no LoRA holds it",
-        ) from None
+        raise _explained(error, found, energy is not None or max_error is not None) from None
     finally:
         for model in models:
             for source in sources(model):
                 source.close()
     return _told(report, found)
+
+
+def _check_outside(out: _Path, models: tuple[BaseModel, BaseModel]) -> None:
+    """Raise OutputExistsError for an output inside the folder of a model."""
+    final = Path(os.path.realpath(out))
+    for model in models:
+        place = Path(os.path.realpath(model.path))
+        if place in final.parents and place.is_dir():
+            raise OutputExistsError(
+                f"the output is inside the input {model.path}",
+                path=os.fspath(out),
+                hint="choose another name; inputs are never changed",
+            )
+
+
+def _explained(error: BudgetError, found: Extraction | None, precise: bool) -> BudgetError:
+    """The error with what an extraction can do about it, and why a `precise` one was missed."""
+    hint = (error.hint or "").removesuffix(_GLOBAL) or None
+    if precise and found and found.rounded in _COARSE:
+        hint = (
+            f"{hint or 'allow more'}; what rounding to {format_name(found.rounded)} left in the "
+            "difference is of full rank, and no LoRA holds it"
+        )
+    return BudgetError(error.message, path=error.path, module=error.module, hint=hint)
 
 
 def _recorded(
