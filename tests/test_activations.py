@@ -75,6 +75,21 @@ def test_the_digest_tells_files_apart(tmp_path):
     assert digests[0] == digests[1] and len(set(digests)) == 3 and len(digests[0]) == 64
 
 
+@pytest.mark.parametrize("kind", ["gram", "samples"])
+@pytest.mark.parametrize("start", [1, 40], ids=["after the first row", "after the fortieth"])
+def test_the_digest_looks_beyond_the_first_row(start, kind, tmp_path):
+    """A row of 1,100 numbers is more than 4 KiB: files of one module often begin alike."""
+    n = 1100
+    one = gram(n) if kind == "gram" else np.ones((64, n), dtype=np.float32)
+    other = one.copy()
+    other[start:] *= 2
+    digests = [
+        open_activations(save(tmp_path / f"{name}.safetensors", {f"q.{kind}": values})).digest
+        for name, values in (("a", one), ("b", other), ("c", one.copy()))
+    ]
+    assert digests[0] == digests[2] != digests[1]
+
+
 EYE = np.eye(4, dtype=np.float32)
 MALFORMED = {
     "no tokens": ({"q.gram": EYE}, {"tokens": None}, "tokens None"),

@@ -191,6 +191,8 @@ class TestRangeFinder:
             out = tmp_path / f"{mode}.safetensors"
             met = ao.compress(file, out=out, max_error=target, **options)
             assert met.rank == 61 and best[61] < met.error <= target, mode
+        out = tmp_path / "again.safetensors"
+        assert ao.compress(file, out=out, max_error=report.error, ragged=True).rank == 60
         energy = 1 - target**2
         met = ao.compress(file, out=tmp_path / "energy.safetensors", energy=energy)
         assert met.rank == 61 and met.truncation**2 <= 1 - energy
@@ -267,6 +269,32 @@ class TestReachedAgain:
         )
         assert before.keys() == after.keys()
         assert all((before[name] == after[name]).all() for name in before)
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_where_storing_decides(self, dtype: str, tmp_path: Path) -> None:
+        """What it loses differs a little from rank to rank: every rank is found again."""
+        factors = {stem: planted(10.0 ** -np.arange(7.0), (14, 11), 0, "f4") for stem in layers(1)}
+        adapter = write_peft(tmp_path / "a", factors)
+        out = outputs(tmp_path)
+        errors = [
+            ao.compress(adapter, out=next(out), rank=rank, dtype=dtype).error
+            for rank in range(1, 8)
+        ]
+        for error in errors:
+            least = next(rank for rank, each in enumerate(errors, 1) if each <= error)
+            again = ao.compress(adapter, out=next(out), max_error=error, dtype=dtype)
+            assert again.rank == least, error
+
+    @modes
+    def test_columns_that_add_nothing(self, mode: str, tmp_path: Path) -> None:
+        """Of rank 3 as numbers go, of rank 6 as it is stored, which costs nothing."""
+        factors = {}
+        for i, stem in enumerate(layers(2)):
+            B, A = planted([1, 0.8, 0.6], (48, 40), i, "f2")
+            factors[stem] = np.hstack([B, B]), np.vstack([A, A])
+        adapter = write_peft(tmp_path / "a", factors)
+        report = ao.compress(adapter, out=tmp_path / "b", max_error=1e-5, **MODES[mode])
+        assert report.error == 0.0 and set(ranks_of(report)) == {6}
 
 
 class TestCeilings:

@@ -8,7 +8,16 @@ import numpy as np
 
 from adapterops import allocate
 from adapterops.casts import FORMATS
-from adapterops.choosing.known import TRIES, Choice, Known, certain, cut_off, requested, unmet
+from adapterops.choosing.known import (
+    TRIES,
+    Choice,
+    Known,
+    certain,
+    cut_off,
+    requested,
+    uncut,
+)
+from adapterops.choosing.uniform import uniform
 from adapterops.errors import BudgetError
 from adapterops.ranks import Ranks
 
@@ -41,16 +50,10 @@ def allocated(chosen: Ranks, known: Known) -> Choice:
         if room <= 0:
             break
         allowed = min(allowed * 0.9999, math.sqrt(room))
-    # With nothing cut, columns are only scaled by powers of two, which may cost nothing at all.
-    whole = [0] * count
-    for members in plan.groups:
-        full = max(plan.modules[i].bound for i in members)
-        for i in members:
-            whole[i] = max(min(full, chosen.ceiling or full), chosen.floor or 0)
-    error = known.error_at(whole)
-    if error <= share:
-        return Choice(tuple(whole))
-    raise unmet(wanted, known, error, cut_off(known, whole))
+    whole = uncut(chosen, known)
+    if known.error_at(whole) <= share:
+        return Choice(whole)
+    return Choice((uniform(chosen, known),) * count)  # or raise what cannot be met at any rank
 
 
 def _blocks(chosen: Ranks, known: Known) -> list[allocate.Block]:

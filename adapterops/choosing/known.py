@@ -71,6 +71,21 @@ def requested(chosen: Ranks, plan: Plan) -> int:
     return plan.input_rank if chosen.rank == "same" else int(chosen.rank or 1)
 
 
+def uncut(chosen: Ranks, known: Known) -> tuple[int, ...]:
+    """The ranks at which nothing is cut, within floor and ceiling.
+
+    Columns are only scaled by powers of two then, which may cost nothing at all, also where their
+    numerical rank is lower. What goes through the range finder has none to keep.
+    """
+    plan = known.plan
+    result = [0] * len(plan.modules)
+    for members in plan.groups:
+        full = max(plan.modules[i].bound if known.exact else known.spectra[i].rank for i in members)
+        for i in members:
+            result[i] = max(min(full, chosen.ceiling or full), chosen.floor or 0)
+    return tuple(result)
+
+
 def shown(chosen: Ranks) -> str:
     """The target as it was given."""
     name = chosen.target

@@ -13,6 +13,7 @@ from adapterops.choosing.known import (
     cut_off,
     requested,
     shown,
+    uncut,
     unmet,
 )
 from adapterops.errors import BudgetError
@@ -44,7 +45,7 @@ def _each(chosen: Ranks, known: Known, energy: float | None) -> tuple[int, ...]:
             tail = ranks.tails(spectra)
             if chosen.energy is not None:
                 check_reach(energy, tail, float(tail[0]))
-            kept = known.sure_energy(energy)
+            kept = known.sure_energy(energy) if chosen.energy is not None else energy
             rank = min(ranks.for_energy(tail, kept, float(tail[0])), full)
         elif chosen.rank is not None:
             rank = min(requested(chosen, known.plan), full, top)
@@ -81,10 +82,10 @@ def _ragged_within(chosen: Ranks, known: Known) -> tuple[int, ...]:
         if room <= 0:
             break
         allowed = min(allowed * 0.999, math.sqrt(room) / known.whole)
-    full = _each(chosen, known, 1.0)
-    error = known.error_at(full)
-    if error <= share:
-        return full
+    for full in (_each(chosen, known, 1.0), uncut(chosen, known)):
+        error = known.error_at(full)
+        if error <= share:
+            return full
     raise unmet(wanted, known, error, cut_off(known, full))
 
 

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 
 from adapterops import ranks
-from adapterops.choosing.known import Known, certain, check_reach, requested, shown, unmet
+from adapterops.choosing.known import Known, certain, check_reach, requested, shown, uncut, unmet
 from adapterops.errors import BudgetError
 from adapterops.ranks import Ranks
+
+_LEAST = 0.98  # of what storing loses at one rank, at another
 
 
 def uniform(chosen: Ranks, known: Known) -> int:
@@ -36,7 +38,7 @@ def uniform(chosen: Ranks, known: Known) -> int:
         kept = known.sure_energy(chosen.energy)
         rank = min(ranks.for_energy(tail, kept, known.whole), full)
     elif chosen.max_error is not None and tail[0] > 0:
-        rank = _within(chosen.max_error, known, full)
+        rank = _within(chosen.max_error, known, full, max(uncut(chosen, known)))
     return _below(_legal(max(rank, least), known), chosen, known)
 
 
@@ -51,7 +53,8 @@ def _below(rank: int, chosen: Ranks, known: Known) -> int:
         tail = ranks.tails(known.spectra)
         lost = float(tail[min(chosen.ceiling, len(tail) - 1)]) / (known.whole or 1.0)
         message += f": rank {chosen.ceiling} cuts off {lost:.3g}"
-    raise BudgetError(message, hint="raise --max-rank or allow a larger error")
+    bound = chosen.energy is not None or chosen.max_error is not None
+    raise BudgetError(message, hint="raise --max-rank" + " or allow a larger error" * bound)
 
 
 def _legal(rank: int, known: Known, *, asked: bool = False) -> int:
@@ -86,26 +89,37 @@ def _largest(chosen: Ranks, known: Known, most: int, fits: Callable[[int], bool]
     return steps[low]
 
 
-def _within(max_error: float, known: Known, full: int) -> int:
+def _within(max_error: float, known: Known, full: int, most: int) -> int:
     """The smallest rank whose error as written, truncation and storage together, is allowed.
 
     Truncation alone gives a lower bound. What a trial there loses in storing, which hardly depends
-    on the rank, says where to try next.
+    on the rank, says where to try next. Above `full`, which loses nothing but noise, `most` is
+    tried, where columns stay as they are.
     """
     tail, allowed = ranks.tails(known.spectra), known.allowed(max_error)
-    count = len(known.plan.modules)
+    count, most = len(known.plan.modules), known.legal(most) or 0
     rank = _legal(min(ranks.smallest(tail, allowed), full), known)
-    while True:
-        if certain([rank] * count, allowed, known):
-            return rank
+    below, storage = rank, 0.0
+    while not certain([rank] * count, allowed, known):
         error = known.error_at([rank] * count)
         if error <= allowed:
-            return rank
+            break
         cut = float(tail[min(rank, len(tail) - 1)])
-        storage = math.sqrt(max(error * error - cut * cut, 0.0))
-        if rank >= full:
+        if rank >= max(full, most):
             raise unmet(max_error, known, error, cut)
+        storage = math.sqrt(max(error * error - cut * cut, 0.0))
         room = allowed**2 - storage**2
-        # At full rank columns are only scaled by powers of two, which may cost nothing at all.
         likely = ranks.smallest(tail, room**0.5) if room > 0 else full
-        rank = _legal(min(max(rank + 1, likely), full), known)
+        below = rank
+        rank = most if rank >= full else min(max(rank + 1, likely), full)
+        rank = _legal(rank, known)
+    for other in reversed(range(below + 1, rank)):  # storing may lose a little less at another rank
+        if known.legal(other) != other:
+            continue
+        cut = float(tail[min(other, len(tail) - 1)])
+        if math.hypot(cut, _LEAST * storage) > allowed:
+            break
+        if known.error_at([other] * count) > allowed:
+            break
+        rank = other
+    return rank
