@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -82,3 +83,13 @@ def test_results_in_the_readme_are_the_committed_ones():
     finally:
         sys.path.pop(0)
     assert latest_table(ROOT / "benchmarks" / "results") in TEXT
+
+
+def test_task_losses_in_the_readme_are_the_committed_ones():
+    """Every loss that benchmarks/task_loss.py measured last, to the digits shown."""
+    newest = max((ROOT / "benchmarks" / "results" / "task_loss").glob("*.json"))
+    rows = json.loads(newest.read_text())["rows"]
+    losses = [v for row in rows for name, v in row["figures"].items() if name.startswith("loss")]
+    assert len(losses) == 12
+    for loss in losses:
+        assert f"{loss:.4f}" in TEXT
