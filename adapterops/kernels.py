@@ -55,8 +55,8 @@ def _is_streamed(module: Module, rank: int | None) -> bool:
     )
 
 
-def spectra(modules: Sequence[Module], cap: int, device: str) -> list[Spectrum]:
-    """Singular values, in the metric, and numerical rank of each module's exact sum.
+def spectra(modules: Sequence[Module], cap: int, device: str) -> list[tuple[str, Spectrum]]:
+    """Singular values, in the metric, and numerical rank of each module's exact sum, by stem.
 
     Of a dense change only the first `cap` are computed, and the norm of the rest.
     """
@@ -73,7 +73,7 @@ def spectra(modules: Sequence[Module], cap: int, device: str) -> list[Spectrum]:
         if device == "cpu" or not is_out_of_device_memory(error):
             raise
         return [one for module in modules for one in spectra([module], cap, "cpu")]
-    return [each.times(module.weight) for each, module in zip(found, modules, strict=True)]
+    return [(m.stem, each.times(m.weight)) for each, m in zip(found, modules, strict=True)]
 
 
 def factors(modules: Sequence[Module], dtype: str, form: Form, device: str) -> list[Piece]:

@@ -24,9 +24,11 @@ _HASH_BYTES = 4 << 20
 
 
 def spectra(plan: Plan, cap: int, on: Compute, progress: Progress | None) -> list[Spectrum]:
-    """Singular values of every module's exact sum; of dense changes at most `cap`."""
+    """Singular values of every module's exact sum, in the plan's order; of dense changes at most
+    `cap`."""
     jobs = _jobs(plan, kernels.spectra, (cap, on.device), cap, on)
-    return list(_watched(run(jobs, on), plan, "singular values", progress))
+    found = dict(_watched(run(jobs, on), plan, "singular values", progress))
+    return [found[module.stem] for module in plan.modules]
 
 
 def pieces(

@@ -408,3 +408,27 @@ def test_near_rank_deficient(tmp_path):
 def test_the_choice_of_rules_is_one_of_all(tmp_path):
     with pytest.raises(ValueError, match="no rule"):
         ranks.by_kohya(np.ones(3), Ranks(rank=1))
+
+
+class TestBatches:
+    """Modules of one shape share a job on a device, experts of one tensor everywhere."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"energy": 0.9, "ragged": True},
+            {"max_error": 0.2, "allocate": "global"},
+            {"ratio": 0.5, "allocate": "global"},
+            {"rank": 3, "form": "svd"},
+        ],
+        ids=str,
+    )
+    def test_a_device_gives_every_module_its_own_rank(self, adapter, tmp_path, options):
+        one = ao.compress(adapter, out=tmp_path / "c", device="cpu", spectra=True, **options)
+        two = ao.compress(adapter, out=tmp_path / "d", device="torch", spectra=True, **options)
+        assert {s: m.rank for s, m in one.modules.items()} == {
+            s: m.rank for s, m in two.modules.items()
+        }
+        assert two.error == pytest.approx(one.error, rel=1e-9)
+        for stem, values in one.spectra.items():
+            np.testing.assert_allclose(two.spectra[stem], values, rtol=1e-9, atol=1e-12)
