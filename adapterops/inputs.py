@@ -8,10 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adapterops.adapter import Adapter
-from adapterops.basemodel import open_model
 from adapterops.errors import UsageError
 from adapterops.formats import open_adapter_file, read_adapter
-from adapterops.rebased import rebase
 
 Input = str | os.PathLike[str] | Adapter
 
@@ -72,6 +70,9 @@ def open_rebased(
     `residual` is the base as the adapter's initialisation left it. Raises what `read_adapter`,
     `open_model` and `rebase` raise.
     """
+    from adapterops.basemodel import open_model
+    from adapterops.rebased.rebase import rebase
+
     if isinstance(adapter, Adapter):
         raise UsageError("an Adapter is open already; give the path of one that needs its base")
     path = os.fspath(adapter)

@@ -7,11 +7,10 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from adapterops import passes
 from adapterops.align import align
-from adapterops.basemodel.shapes import load
 from adapterops.casts import format_name
 from adapterops.certificate import PlanReport
 from adapterops.descriptions import says_ranks
@@ -27,9 +26,10 @@ from adapterops.provenance import Origin, Provenance, file_sha256, given_alphas,
 from adapterops.rangefinder import LARGE, is_dense
 from adapterops.ranks import Ranks
 from adapterops.scaling import Scaling, check_scaling
-from adapterops.serving.legal import LegalForm, check, legal_form
-from adapterops.serving.written import as_written
 from adapterops.stream import Compute
+
+if TYPE_CHECKING:
+    from adapterops.serving.legal import LegalForm
 
 FROBENIUS = Weighting()
 NAMES = {  # of a file in the folder that was given for it
@@ -103,6 +103,9 @@ def planned_for(
         )
     if options.engine is None:
         return plan, None
+    from adapterops.basemodel.shapes import load  # what few runs need is imported when it is
+    from adapterops.serving.legal import legal_form
+
     form = legal_form(
         options.engine,
         {module.stem: (module.shape, module.layer) for module in plan.modules},
@@ -119,6 +122,9 @@ def check_engine(
     form: LegalForm, output: Layout, name: str, *, directory: bool, side_files: Sequence[str]
 ) -> tuple[str, ...]:
     """What the engine would say of the output; raises IncompatibleError where it would not do."""
+    from adapterops.serving.legal import check
+    from adapterops.serving.written import as_written
+
     text = output.files[peft.CONFIG] if directory else output.metadata[METADATA_KEY]
     draft = as_written(
         output.tensors,

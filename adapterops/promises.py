@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from adapterops.batch.outputs import is_done, recorded
 from adapterops.certificate import Figures, Report
 from adapterops.errors import BudgetError, FinishedError, NumericsError, OutputExistsError
 from adapterops.files.output import check_output, is_our_sidecar
@@ -24,6 +23,8 @@ def check_free(
     try:
         return check_output(out, directory=directory, overwrite=overwrite)
     except OutputExistsError as error:
+        from adapterops.batch.outputs import is_done, recorded
+
         if overwrite or recorded(out) is None:
             raise
         if is_done(out, made()) == "done":

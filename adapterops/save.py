@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -51,10 +51,12 @@ from adapterops.promises import (
     check_sidecar,
 )
 from adapterops.ranks import Ranks
-from adapterops.serving.legal import LegalForm
 from adapterops.stream import Compute
 from adapterops.target import kernel_warnings
 from adapterops.writing import write
+
+if TYPE_CHECKING:
+    from adapterops.serving.legal import LegalForm
 
 _RESERVE = 512
 _CAP = 256  # directions of a dense change that are computed where no --max-rank says how many

@@ -26,7 +26,9 @@ from adapterops.errors import (
 from adapterops.formats import inits, read_adapter
 from adapterops.formats.kinds import KINDS
 from adapterops.formats.model import AdapterFile, Site
-from adapterops.rebased import Dora, Residual, dora, rebase
+from adapterops.rebased import dora
+from adapterops.rebased.dora import Dora, Residual
+from adapterops.rebased.rebase import rebase
 from tests import peft_models
 from tests.support import pairs, write_kohya, write_peft
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,9 @@ from adapterops.errors import BudgetError
 from adapterops.linalg import Spectrum
 from adapterops.plan import Plan
 from adapterops.ranks import Ranks
-from adapterops.serving.legal import LegalForm
+
+if TYPE_CHECKING:
+    from adapterops.serving.legal import LegalForm
 
 TRIES = 20
 _NEARLY = 5e-4
