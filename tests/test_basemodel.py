@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from adapterops.basemodel import open_model, same_bytes
 from adapterops.errors import FileError, FormatError, UnsafeFileError, UnsupportedError
 from adapterops.files import checkpoint
 from tests import checkpoints
+from tests.support import pairs, write_peft
 
 PLAIN = checkpoints.weights()
 
@@ -301,3 +303,16 @@ def test_the_files_of_mistral(tmp_path: Path):
     assert [path.name for _, path in checkpoint.model_files(folder)] == [
         checkpoints.SHARD.format(i, 2) for i in (1, 2)
     ]
+
+
+def test_an_adapter_is_no_model(tmp_path: Path):
+    """Two adapters would otherwise be compared as if their factors were weights."""
+    folder = write_peft(tmp_path / "a", pairs(1, {"model.layers.0.self_attn.q_proj": (8, 8)}, 2))
+    for path in (folder, folder / "adapter_model.safetensors"):
+        with pytest.raises(FormatError, match=r"is an adapter .*lora_.*diff compares adapters"):
+            open_model(path)
+    beside = {"model.q.base_layer.weight": (8, 8), "model.q.lora_A.speech.weight": (2, 8)}
+    beside |= {"model.q.lora_B.speech.weight": (8, 2)}
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in beside.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert len(open_model(tmp_path / "model.safetensors").tensors) == 3  # ships with its adapters

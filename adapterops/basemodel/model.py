@@ -36,6 +36,7 @@ _OTHERS = re.compile(
     r"|ngram_embeddings"
 )
 _COMMON = re.compile(r"(model|diffusion_pytorch_model)[.-].*safetensors(\.index\.json)?$")
+_FACTOR = re.compile(r"(^|[._])(lora|hada|lokr)_|[._](lora|processor)\.(up|down)\.")
 _HUB = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
 
 
@@ -233,6 +234,7 @@ def open_model(path: str | os.PathLike[str]) -> BaseModel:
                 source, prefix + name, entry.dtype, entry.shape, start + entry.start, entry.nbytes
             )
     _check_index(given, found, tensors)
+    _check_model(given, tensors)
     return BaseModel(
         path=os.fspath(path),
         tensors=tensors,
@@ -286,6 +288,18 @@ def _check_index(given: Path, found: list[tuple[str, Path]], tensors: Mapping[st
                     path=index,
                     hint="fetch the index and its shards again",
                 )
+
+
+def _check_model(given: Path, tensors: Mapping[str, Ref]) -> None:
+    """Refuse an adapter: mostly factors, and no weight that they would be factors for."""
+    factors = [name for name in tensors if _FACTOR.search(name)]
+    if 2 * len(factors) <= len(tensors) or any(".base_layer." in name for name in tensors):
+        return
+    raise FormatError(
+        f"is an adapter (it holds {factors[0]!r}), not a model",
+        path=given,
+        hint="name the model's own weights; diff compares adapters, merge adds them",
+    )
 
 
 def _without_weights(given: Path) -> FormatError:
