@@ -181,6 +181,12 @@ def notes(plan: Plan, report: Report, copy: bool) -> list[str]:
         if blind:
             more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
             result.append(f"{blind[0]}{more}: the activations make nothing of it, nor of its error")
+    kinds = {part.site.kind for module in plan.modules for part in module.parts} - {"lora"}
+    if kinds and len(plan.live) == 1 and report.parameters > report.parameters_before:
+        result.append(
+            f"as {' and '.join(sorted(kinds))} it took {report.parameters_before:,} numbers, "
+            f"as LoRA of this rank it takes {report.parameters:,}"
+        )
     if report.norm == 0.0:
         result.append("all inputs are zero: so is the result")
     if plan.left_out:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import adapterops as ao
 from adapterops import ranks
@@ -432,3 +432,19 @@ class TestBatches:
         assert two.error == pytest.approx(one.error, rel=1e-9)
         for stem, values in one.spectra.items():
             np.testing.assert_allclose(two.spectra[stem], values, rtol=1e-9, atol=1e-12)
+
+
+def test_growing_is_said(tmp_path):
+    """A LoHa of dim 4 has rank 16: its LoRA is twice as large, at half the rank as large as it."""
+    rng = np.random.default_rng(4)
+    shapes = {"w1_a": (60, 4), "w1_b": (4, 50), "w2_a": (60, 4), "w2_b": (4, 50)}
+    tensors = {
+        f"lora_unet_m.hada_{name}": rng.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    grown = ao.convert(tmp_path / "a.safetensors", out=tmp_path / "b.safetensors")
+    assert grown.parameters == 2 * grown.parameters_before == 1760
+    assert any("as loha it took 880 numbers" in note for note in grown.notes)
+    same = ao.compress(tmp_path / "a.safetensors", out=tmp_path / "c.safetensors", rank=8)
+    assert same.parameters == 880 and not any("it took" in note for note in same.notes)
