@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 import adapterops as ao
+from adapterops import cli
+from adapterops.batch import workers
 from adapterops.errors import ChangedError, FileError
 from adapterops.files.source import LocalFile
 from tests.support import dense, distance, pairs, read_peft, weighted, write_peft
@@ -353,3 +355,15 @@ def test_the_sum_is_the_sum():
     """What `check_whole` compares with is not zero."""
     expected = dense(pairs(0, SHAPES, 8))
     assert min(float(np.linalg.norm(value)) for value in expected.values()) > 1
+
+
+@pytest.mark.parametrize("handler", [cli._terminate, workers._stop])
+def test_a_signal_raises_what_threading_does_not_take_for_a_failed_start(handler):
+    """`Thread.start` forgets its thread on an Exception; if it did start, it prints an error."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            handler(signal.SIGTERM, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not isinstance(caught.value, Exception)

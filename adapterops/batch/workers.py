@@ -39,9 +39,9 @@ def ordered_map(
 ) -> Generator[R, None, None]:
     """`work(item)` for every item, in order, computed by `width` processes, `size` items at a time.
 
-    `work`, items and results must pickle; `work` must raise nothing but Interrupted. Closing the
-    generator, or an exception while it waits, ends the processes at once: they are sent SIGTERM,
-    which raises Interrupted in `work`. Raises AdapterOpsError where one died.
+    `work`, items and results must pickle; `work` must raise nothing but KeyboardInterrupt. Closing
+    the generator, or an exception while it waits, ends the processes at once: they are sent
+    SIGTERM, which raises KeyboardInterrupt in `work`. Raises AdapterOpsError where one died.
     """
     chunks = [items[start : start + size] for start in range(0, len(items), size)]
     todo = iter(enumerate(chunks))
@@ -137,13 +137,13 @@ def serve() -> None:
     signal.signal(signal.SIGTERM, _stop)
     try:
         _serve()
-    except Interrupted:
+    except KeyboardInterrupt:
         os._exit(Interrupted.exit_code)  # without waiting for threads at work
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: it has to tidy up
-    raise Interrupted("stopped")
+    raise KeyboardInterrupt  # no Exception: `threading` takes one for a thread that did not start
 
 
 def _serve() -> None:

@@ -82,9 +82,7 @@ def main() -> NoReturn:
         else:
             error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt) as error:
-        if isinstance(error, AdapterOpsError):
-            _fail(error, wants_json)
+    except (click.Abort, KeyboardInterrupt):
         _fail(Interrupted("interrupted; no unfinished output was left"), wants_json)
     except AdapterOpsError as error:
         _fail(error, wants_json)
@@ -103,7 +101,7 @@ def main() -> NoReturn:
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Interrupted("terminated; no unfinished output was left")
+    raise KeyboardInterrupt  # no Exception: `threading` takes one for a thread that did not start
 
 
 def _fail(error: AdapterOpsError, wants_json: bool) -> NoReturn:
