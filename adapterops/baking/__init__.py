@@ -1,0 +1,1 @@
+"""Adapters added to the weights of their base model, in its own files and type."""

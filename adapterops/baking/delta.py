@@ -1,0 +1,271 @@
+"""The change D = Σ cᵢBᵢAᵢ of a stored tensor, block by block, with bounds on what arithmetic loses.
+
+Error bounds are those of an inner product of R terms in any order (Higham 2002, Accuracy and
+Stability of Numerical Algorithms, §3.1), with Cauchy-Schwarz for Σ|l||r| ≤ ‖l‖‖r‖. Columns of the
+left factor and rows of the right one are first scaled by powers of two so that their norms agree,
+which changes nothing and makes the bound tight in any gauge.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from adapterops.baking.targets import DenseTerm, Target, Term
+
+Array = np.ndarray[Any, Any]
+
+_SINGLE, _DOUBLE = 2.0**-24, 2.0**-53  # unit roundoffs
+_UP = 1 + 2.0**-20  # what is rounded to float32 afterwards stays an upper bound
+_LEAST = 2.0**-149
+_GATHERED = 1 << 21  # numbers gathered at once for single elements
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Rows [start, stop) of a target's matrix that the same terms change."""
+
+    start: int
+    stop: int
+    terms: tuple[Term, ...]
+    dense: tuple[DenseTerm, ...]
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether anything changes it."""
+        return bool(self.terms or self.dense)
+
+
+def bands(target: Target) -> list[Band]:
+    """The rows of a target, cut wherever a term begins or ends; bands without terms are copied."""
+    rows = target.matrix[0]
+    cuts = {0, rows}
+    for term in target.terms:
+        indices = range(rows)[term.rows]
+        if len(indices):
+            cuts |= {indices[0], indices[-1] + 1}
+    edges = sorted(cuts)
+    return [
+        Band(start, stop, _over(target.terms, rows, start, stop), target.dense)
+        for start, stop in itertools.pairwise(edges)
+    ]
+
+
+def _over(terms: Sequence[Term], rows: int, start: int, stop: int) -> tuple[Term, ...]:
+    found = []
+    for term in terms:
+        indices = range(rows)[term.rows]
+        if len(indices) and indices[0] < stop and indices[-1] >= start:
+            found.append(term)
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """D = left · diag(c) · right of a band in float64, and what float32 arithmetic needs.
+
+    left (rows, R), right (R, n); `single` are both as torch float32, balanced, c folded into the
+    right one; `u` (rows,) and `v` (n,) bound the error of their product. `norms` are those of
+    single rows and columns, `used` where they are not zero.
+    """
+
+    left: Array
+    c: Array
+    right: Array
+    single: tuple[torch.Tensor, torch.Tensor]
+    u: torch.Tensor
+    v: torch.Tensor
+    norms: tuple[Array, Array]
+    used: tuple[Array, Array]
+
+
+class Delta:
+    """The change of one band of a target; its factors are read once, by whichever thread is first.
+
+    `sign` −1 makes it −D, what unbaking adds. Rows are counted from the start of the matrix.
+    """
+
+    def __init__(self, target: Target, band: Band, sign: float = 1.0, device: str = "cpu") -> None:
+        self.target = target
+        self.band = band
+        self.sign = sign
+        self.device = device
+        self._lock = threading.RLock()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of the band, columns of the matrix."""
+        return self.band.stop - self.band.start, self.target.matrix[1]
+
+    @property
+    def rank(self) -> int:
+        """R, the number of columns of all low-rank terms."""
+        return sum(term.site.rank for term in self.band.terms)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether D is a product of factors, whose value is defined to the last bit."""
+        return not self.band.dense
+
+    @property
+    def factors(self) -> _Factors:
+        """The band's factors."""
+        with self._lock:
+            return self._factors
+
+    @cached_property
+    def _factors(self) -> _Factors:
+        left, c, right = self._stacked()
+        return _prepared(left, c * self.sign, right, self.device)
+
+    def _stacked(self) -> tuple[Array, Array, Array]:
+        """left, coefficients and right of all terms side by side, zero where one does not reach."""
+        rows, columns = self.shape
+        total, at = self.rank, 0
+        left, right = np.zeros((rows, total)), np.zeros((total, columns))
+        c = np.empty(total)
+        for term in self.band.terms:
+            B, A = term.site.factors()
+            one, other = (A.T, B.T) if term.turned else (B, A)
+            rank = one.shape[1]
+            taken, placed = _meeting(term.rows, self.target.matrix[0], self.band)
+            left[placed, at : at + rank] = one[taken]
+            right[at : at + rank, term.columns] = other
+            c[at : at + rank] = term.coefficient
+            at += rank
+        return left[:, :at], c[:at], right[:at]
+
+    def single(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of D in float32, off by at most u·v of `bounds`; dense changes rounded once."""
+        if self.band.dense:
+            return self.double(start, stop).float()
+        left, right = self.factors.single
+        return torch.mm(left[self._local(start, stop)], right, out=out)
+
+    def bounds(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(u, v) with |single − D| ≤ u_a·v_b for row a and column b; float32."""
+        return self.factors.u[self._local(start, stop)], self.factors.v
+
+    def double(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of D in float64, off by at most R + 4 units roundoff of Σ|l||c·r|; on the host."""
+        here = self._local(start, stop)
+        change = np.zeros((stop - start, self.shape[1]))
+        if self.band.terms:
+            parts = self.factors
+            change += (parts.left[here] * parts.c) @ parts.right
+        for term in self.band.dense:
+            change += (self.sign * term.coefficient) * term.change.rows(start, stop)
+        return torch.from_numpy(change)
+
+    def double_bounds(self, start: int, stop: int) -> tuple[Array, Array]:
+        """(u, v) as of `bounds` for `double`, where no change is dense; float64."""
+        parts = self.factors
+        unit = (parts.left.shape[1] + 4) * _DOUBLE * _UP
+        return unit * parts.norms[0][self._local(start, stop)], parts.norms[1]
+
+    @property
+    def noise(self) -> float:
+        """The square of what float32 may get wrong of D: one that is no larger counts as none."""
+        if self.band.dense:
+            return 0.0
+        squares = (float((bound.double() ** 2).sum()) for bound in (self.factors.u, self.factors.v))
+        return math.prod(squares)
+
+    def elements(self, start: int, stop: int) -> int:
+        """How many elements of the rows have factors that are not zero, all if some are dense."""
+        rows, columns = stop - start, self.shape[1]
+        if self.band.terms and not self.band.dense:
+            used = self.factors.used
+            rows, columns = int(used[0][self._local(start, stop)].sum()), int(used[1].sum())
+        return rows * columns
+
+    def at(self, rows: Array, columns: Array) -> Iterator[tuple[slice, Array, Array, Array]]:
+        """Single elements by their indices, a chunk at a time: (chunk, left, c, right).
+
+        left and right are (elements, R) in float64: D there is Σₖ leftₖ·cₖ·rightₖ.
+        """
+        parts = self.factors
+        size = max(1, _GATHERED // max(1, parts.left.shape[1]))
+        for start in range(0, len(rows), size):
+            chunk = slice(start, start + size)
+            left = parts.left[rows[chunk] - self.band.start]
+            yield chunk, left, parts.c, parts.right.T[columns[chunk]]
+
+    def basis(self) -> torch.Tensor | None:
+        """Orthonormal columns spanning what the adapters read, float32: their A's.
+
+        (n, k), or (rows of the band, k) if the target's inputs run along rows. None where they span
+        all of it, or a change is dense.
+        """
+        with self._lock:
+            return self._basis
+
+    @cached_property
+    def _basis(self) -> torch.Tensor | None:
+        from scipy.linalg import qr
+
+        if self.band.dense:
+            return None
+        parts = self.factors
+        by_columns = self.target.inputs == "columns"
+        mine, others = (parts.right.T, parts.left) if by_columns else (parts.left, parts.right.T)
+        scale = np.linalg.norm(mine, axis=0)
+        used = (scale > 0) & (np.linalg.norm(others, axis=0) > 0) & (parts.c != 0)
+        vectors = mine[:, used] / scale[used]
+        if vectors.shape[1] >= vectors.shape[0]:
+            return None
+        Q, R, _ = qr(vectors, mode="economic", pivoting=True, check_finite=False)
+        diagonal = np.abs(np.diag(R))
+        kept = int((diagonal > max(vectors.shape) * _DOUBLE * diagonal.max(initial=0.0)).sum())
+        return torch.from_numpy(Q[:, :kept].astype(np.float32)).to(self.device)
+
+    def _local(self, start: int, stop: int) -> slice:
+        return slice(start - self.band.start, stop - self.band.start)
+
+
+def _meeting(rows: slice, count: int, band: Band) -> tuple[slice, slice]:
+    """Of a term's rows those within a band: which of its own, and where they lie in the band."""
+    indices = range(count)[rows]
+    step = indices.step
+    first = max(0, -(-(band.start - indices.start) // step))
+    last = min(len(indices), -(-(band.stop - indices.start) // step))
+    at = indices.start + first * step - band.start
+    return slice(first, last), slice(at, at + (last - first - 1) * step + 1, step)
+
+
+def _prepared(left: Array, c: Array, right: Array, device: str) -> _Factors:
+    norm_l, norm_r = np.linalg.norm(left, axis=0), np.linalg.norm(c[:, None] * right, axis=1)
+    shift = np.zeros(len(c), np.int64)
+    both = (norm_l > 0) & (norm_r > 0)
+    shift[both] = np.rint((np.log2(norm_r[both]) - np.log2(norm_l[both])) / 2)
+    one = np.ldexp(left, shift)
+    other = np.ldexp(c[:, None] * right, -shift[:, None])
+    with np.errstate(
+        over="ignore", under="ignore"
+    ):  # infinities are in doubt, and decided in double
+        narrow = one.astype(np.float32), other.astype(np.float32)
+    u, v = np.linalg.norm(one, axis=1), np.linalg.norm(other, axis=0)
+    terms = left.shape[1]
+    # What underflows in factors or products adds at most this, spread over u·v below.
+    least = _LEAST * (terms + np.sqrt(terms) * (u.max(initial=0.0) + v.max(initial=0.0)))
+    root = np.sqrt(least)
+    unit = (terms + 4) * _SINGLE
+    bound_u, bound_v = unit * u * _UP + root, v * _UP + root
+    return _Factors(
+        left=left,
+        c=c,
+        right=right,
+        single=(torch.from_numpy(narrow[0]).to(device), torch.from_numpy(narrow[1]).to(device)),
+        u=torch.from_numpy(bound_u.astype(np.float32)).to(device),
+        v=torch.from_numpy(bound_v.astype(np.float32)).to(device),
+        norms=(u, v),
+        used=(u > 0, v > 0),
+    )
