@@ -49,10 +49,10 @@ def align(
     for index, (file, weight) in enumerate(zip(inputs, weights, strict=True)):
         for stem, site in file.sites.items() if weight else ():
             where = f"its scale {site.scale:g} ({site.scale_from}), weighted by {weight:g},"
-            _check_coefficient(weight * site.scale, where, file, stem)
+            check_coefficient(weight * site.scale, where, file, stem)
             gathered[stem].append(Part(index, weight * site.scale, site))
         for name, ref in file.deltas.items() if weight else ():
-            _check_coefficient(weight, f"the weight {weight:g}", file, name)
+            check_coefficient(weight, f"the weight {weight:g}", file, name)
             dense[changed[index][name]].append(DensePart(index, weight, ref))
     if not gathered and not dense:
         raise NumericsError("every weight is zero: the result is nothing but zeros")
@@ -161,8 +161,11 @@ def _dense_sum(
     return DenseSum(parts[0].ref.name, first.shape, tuple(parts), tuple(factors))
 
 
-def _check_coefficient(coefficient: float, made: str, file: AdapterFile, stem: str) -> None:
-    """Products of two such factors must neither vanish nor overflow in float64."""
+def check_coefficient(coefficient: float, made: str, file: AdapterFile, stem: str) -> None:
+    """Raise UsageError, naming what `made` it, for a coefficient that cannot be computed with.
+
+    Products of two such factors must neither vanish nor overflow in float64.
+    """
     if not _SMALLEST <= abs(coefficient) <= _LARGEST:
         raise UsageError(
             f"{made} makes the coefficient {coefficient:g}; coefficients from {_SMALLEST:g} to "

@@ -319,10 +319,10 @@ def test_flat_names_that_two_paths_share_find_nothing() -> None:
 def test_heads_of_names_that_differ(here: str, there: str) -> None:
     other = [f"vision_tower.encoder.layers.{n}.fc" for n in range(3)]
     names = basenames.index([there.format(n) for n in range(3)] + other)
-    head, _ = basenames._split(here.format(0))
-    tails = [basenames._split(here.format(n))[1] for n in range(3)]
+    head, _ = basenames.split(here.format(0))
+    tails = [basenames.split(here.format(n))[1] for n in range(3)]
     found = basenames._renamed(head, tails, names)
-    assert found == basenames._split(there.format(0))[0]
+    assert found == basenames.split(there.format(0))[0]
 
 
 def test_ambiguous_heads_are_not_guessed() -> None:

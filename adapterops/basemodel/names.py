@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from adapterops.formats import Site
 
-_Head = tuple[str, ...]
+Head = tuple[str, ...]
 _NUMBERED_EXPERT = re.compile(r"(?P<block>.*)\.switch_mlp\.(?P<leaf>\w+)\[(?P<index>\d+)\]$")
 _EXPERT = re.compile(r"\[\d+\]$")
 # Prefixes of flat stems, the part of the model they mean, and how checkpoints call that part.
@@ -23,6 +23,7 @@ _FLAT = (
     (re.compile(r"(lora_unet_+|lora_transformer_|lycoris_)(unet_)?"), "denoiser"),
     (re.compile(r"lora_te(?P<number>[123]?)_"), "text"),
 )
+_TEXT_MODEL = "text_model_"  # a level that transformers 5 left out of CLIPTextModel
 _TEXT = re.compile(r"text_encoder|cond_stage_model|conditioner|text_encoders|clip|t5")
 
 
@@ -35,17 +36,17 @@ class Names:
     """
 
     paths: frozenset[str]
-    heads: Mapping[_Head, frozenset[str]]
+    heads: Mapping[Head, frozenset[str]]
     flat: Mapping[str, tuple[str, ...]]
 
 
 def index(paths: Iterable[str]) -> Names:
     """The lookup tables of a checkpoint's module paths."""
-    heads: dict[_Head, set[str]] = defaultdict(set)
+    heads: dict[Head, set[str]] = defaultdict(set)
     flat: dict[str, list[str]] = defaultdict(list)
     known = frozenset(paths)
     for path in known:
-        head, tail = _split(path)
+        head, tail = split(path)
         heads[head].add(tail)
         for start in range(len(head) + 1 if tail else len(head)):
             flat["_".join((*head[start:], *tail.split(".")) if tail else head[start:])].append(path)
@@ -65,10 +66,10 @@ def find(
     names are there (experts adapted by two parameters).
     """
     found: dict[str, str] = {}
-    waiting: dict[_Head, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    waiting: dict[Head, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for stem, site in sites.items():
         if site.dialect == "kohya":
-            path = _unflattened(stem, names)
+            path = unflattened(stem, names)
             if path:
                 found[stem] = path
             continue
@@ -77,7 +78,7 @@ def find(
             found[stem] = next((path for path in there if fits(site, path)), there[0])
             continue
         for path in _spellings(site):
-            head, tail = _split(path)
+            head, tail = split(path)
             waiting[head][tail].append(stem)  # experts share a tensor
     for head, tails in waiting.items():
         other = _renamed(head, list(tails), names)
@@ -105,14 +106,14 @@ def _spellings(site: Site) -> list[str]:
     return [plain, f"{plain}.in_proj_weight"]  # the latter is MultiheadAttention's
 
 
-def _split(path: str) -> tuple[_Head, str]:
-    """The words before the first number of a path, or before its last word; the rest."""
+def split(path: str) -> tuple[Head, str]:
+    """The head of a path, its words before the first number or else the last word; the rest."""
     parts = path.split(".")
     first = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
     return tuple(parts[:first]), ".".join(parts[first:])
 
 
-def _renamed(head: _Head, tails: Sequence[str], names: Names) -> _Head | None:
+def _renamed(head: Head, tails: Sequence[str], names: Names) -> Head | None:
     """What the checkpoint has before its numbers where an adapter has `head`.
 
     Longer by some words or shorter (a model with and without its task's head), else as many words
@@ -120,7 +121,7 @@ def _renamed(head: _Head, tails: Sequence[str], names: Names) -> _Head | None:
     """
     candidates = [h for h, there in names.heads.items() if any(t in there for t in tails)]
 
-    def rank(other: _Head) -> tuple[int, bool, int]:
+    def rank(other: Head) -> tuple[int, bool, int]:
         hits = sum(tail in names.heads[other] for tail in tails)
         short, long = sorted((head, other), key=len)
         return hits, long[len(long) - len(short) :] == short, len(set(head) & set(other))
@@ -131,17 +132,19 @@ def _renamed(head: _Head, tails: Sequence[str], names: Names) -> _Head | None:
     return best[0] if rank(best[0])[1] or rank(best[0])[2] else None
 
 
-def _unflattened(stem: str, names: Names) -> str | None:
-    """The one path that a flat stem stands for."""
+def unflattened(stem: str, names: Names) -> str | None:
+    """The one module path that a flat stem stands for, None if none or several may be meant."""
     for pattern, part in _FLAT:
         found = pattern.match(stem)
         if not found:
             continue
-        paths = names.flat.get(stem[found.end() :], ())
+        flat = stem[found.end() :]
+        paths = names.flat.get(flat) or names.flat.get(flat.removeprefix(_TEXT_MODEL), ())
         mine = [p for p in paths if bool(_TEXT.match(p)) == (part == "text")] or list(paths)
         number = found.groupdict().get("number")
-        if number and len(mine) > 1:
+        if number:
             folder = "text_encoder" if number == "1" else f"text_encoder_{number}"
-            mine = [p for p in mine if p.startswith(f"{folder}.")]
+            named = [p for p in mine if p.startswith("text_encoder")]
+            mine = [p for p in mine if p not in named or p.startswith(f"{folder}.")]
         return mine[0] if len(mine) == 1 else None
     return None

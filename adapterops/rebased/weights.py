@@ -38,7 +38,7 @@ def weights(
     tensors = {name.removesuffix(".weight"): ref for name, ref in base.tensors.items()}
 
     def fits(site: Site, path: str) -> bool:
-        return _ways(site, tensors[path]) != set()
+        return ways(site, tensors[path]) != set()
 
     base.check_not_quantised()
     found = names.find(chosen, names.index(tensors), fits)
@@ -49,15 +49,16 @@ def weights(
     refs = {stem: tensors[path] for stem, path in found.items()}
     for stem, site in chosen.items():
         _check_number(site, refs[stem])
-        if not _ways(site, refs[stem]):
+        if not ways(site, refs[stem]):
             raise IncompatibleError(
                 f"{file.path} changes a weight of {_size(site.shape)}, {base.path} has "
                 f"{_size(refs[stem].shape)} as {refs[stem].name!r}; is it the base that the "
                 "adapter was trained on?",
                 module=stem,
             )
-    ways = {stem: _ways(site, refs[stem]) for stem, site in chosen.items()}
-    turned = _turned(file, base, ways) if turned is None else turned
+    if turned is None:
+        possible = {stem: ways(site, refs[stem]) for stem, site in chosen.items()}
+        turned = orientation(file, base, possible)
     return {
         stem: Weight(
             replace(ref, shape=chosen[stem].shape, transposed=turned[stem]),
@@ -96,7 +97,7 @@ def _check_number(site: Site, ref: Ref) -> None:
         )
 
 
-def _ways(site: Site, ref: Ref) -> set[bool]:
+def ways(site: Site, ref: Ref) -> set[bool]:
     """Whether the weight may be stored as (in, out): {False}, {True}, both if square, or neither.
 
     A convolution's channels and kernel are columns; an embedding is stored (V, d).
@@ -114,16 +115,19 @@ def _ways(site: Site, ref: Ref) -> set[bool]:
     return ({False} if same else set()) | ({True} if may_turn else set())
 
 
-def _turned(file: AdapterFile, base: BaseModel, ways: Mapping[str, set[bool]]) -> dict[str, bool]:
-    """Which weights are stored as (in, out).
+def orientation(
+    file: AdapterFile, base: BaseModel, possible: Mapping[str, set[bool]]
+) -> dict[str, bool]:
+    """stem -> whether its weight is stored as (in, out), of those that its shape makes `possible`.
 
     Of a square one the model's kind tells, and names that only GPT-2's kin has; else the weights
     that are not square do, where they agree, and the config's fan_in_fan_out where there are none.
+    Raises IncompatibleError where they disagree.
     """
-    linear = [way for stem, way in ways.items() if file.sites[stem].layer == "linear"]
+    linear = [way for stem, way in possible.items() if file.sites[stem].layer == "linear"]
     seen = {turned for way in linear if len(way) == 1 for turned in way}
     result = {}
-    for stem, way in ways.items():
+    for stem, way in possible.items():
         if len(way) == 1:
             (result[stem],) = way
         elif base.config.get("model_type") or base.is_conv1d(f"{stem}.weight"):
