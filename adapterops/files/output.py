@@ -8,15 +8,10 @@ into one folder wait for each other, and a signal waits for the commit.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import json
 import os
-import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +19,14 @@ from typing import Any
 
 from adapterops.errors import FileError, FormatError, OutputExistsError
 from adapterops.files.header import Entry
+from adapterops.files.publish import (
+    alone,
+    hidden_name,
+    keep_mode,
+    publish_directory,
+    sync_directory,
+    undisturbed,
+)
 from adapterops.files.source import file_header
 from adapterops.files.writer import TensorWriter
 
@@ -31,7 +34,7 @@ SIDECAR = "adapterops.json"
 MAIN = "adapter_model.safetensors"  # the weights in a directory that we write
 _COMPANIONS = ("adapter_config.json", "README.md")
 PROVENANCE_KEY = "adapterops"
-_AT_FDCWD, _EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
+NOTHING_LEFT = "nothing was left behind"
 
 
 class Staging:
@@ -41,8 +44,7 @@ class Staging:
         self.final = final
         self.directory = directory
         self.overwrite = overwrite
-        tag = f".{final.name[:40]}.adapterops-{os.getpid()}-{secrets.token_hex(4)}"
-        self.root = final.parent / tag
+        self.root = final.with_name(hidden_name(final))
         self._files: dict[str, Path] = {}
         self._writers: list[TensorWriter] = []
         if directory:
@@ -50,29 +52,19 @@ class Staging:
 
     def tensors(self, name: str, entries: Mapping[str, Entry], header_size: int) -> TensorWriter:
         """A tensor file called `name`; checks first that the disk has room for it."""
-        path = self._place(name)
+        path = self.path(name)
         needed = header_size + max((entry.end for entry in entries.values()), default=0)
-        status = os.statvfs(path.parent)
-        free = status.f_bavail * status.f_frsize
-        if free < needed:
-            raise FileError(
-                f"the output needs {needed} bytes, the disk has {free} free", path=self.final
-            )
+        check_room(self.final, needed)
         writer = TensorWriter(path, entries, header_size)
         self._writers.append(writer)
         return writer
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         """A companion file called `name`, flushed to disk."""
-        descriptor = os.open(
-            self._place(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
-        )
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(self.path(name), chunks)
 
-    def _place(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """Where to write the file `name`, once."""
         if self.directory:
             return self.root / name
         staged = self.root.with_name(f"{self.root.name}-{len(self._files)}")
@@ -83,14 +75,14 @@ class Staging:
         """Give everything its final name, unless something has appeared there meanwhile."""
         self._close()
         if self.directory:
-            _sync_directory(self.root)
-        with _alone(self.final.parent):
+            sync_directory(self.root)
+        with alone(self.final.parent):
             check_output(self.final, directory=self.directory, overwrite=self.overwrite)
             if self.directory:
-                _publish_directory(self.root, self.final)
+                publish_directory(self.root, self.final)
             else:
                 self._publish_files()
-        _sync_directory(self.final.parent)
+        sync_directory(self.final.parent)
 
     def _publish_files(self) -> None:
         """The companions, then the main file in one step; if that fails, the old companions."""
@@ -101,11 +93,11 @@ class Staging:
             for target, path in staged.items():
                 old = path.with_name(path.name + "-old")
                 if target.exists():
-                    _keep_mode(path, target)
+                    keep_mode(path, target)
                     os.rename(target, old)
                 swapped.append((target, old))
                 os.rename(path, target)
-            _keep_mode(main, self.final)
+            keep_mode(main, self.final)
             os.replace(main, self.final)
         except BaseException:
             for target, old in swapped:
@@ -139,52 +131,18 @@ def stage(out: str | os.PathLike[str], *, directory: bool, overwrite: bool) -> I
     final = check_output(out, directory=directory, overwrite=overwrite)
     staging = None
     try:
-        with _undisturbed():
+        with undisturbed():
             staging = Staging(final, directory, overwrite)
         yield staging
-        with _undisturbed():
+        with undisturbed():
             staging.commit()
     except BaseException as error:
         if staging:
-            with _undisturbed():
+            with undisturbed():
                 staging.discard()
         if isinstance(error, OSError) and not isinstance(error, FileError):
             raise unwritable(out, error) from None
         raise
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block is done; only the main thread ever sees them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    late: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, frame: late.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if late:
-            signal.raise_signal(late[0])
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One commit into a folder at a time, where the folder can be locked at all."""
-    descriptor = None
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def check_output(out: str | os.PathLike[str], *, directory: bool, overwrite: bool) -> Path:
@@ -247,74 +205,54 @@ def _sidecar(path: Path) -> dict[str, Any] | None:
 def foreign_files(directory: Path, main: str) -> list[str] | None:
     """What in a directory is not our work, or None if it carries no provenance of ours at all.
 
-    Ours are the files that the sidecar lists; without a sidecar, `main` if its header says so.
+    Ours are the files that the sidecar lists, by their paths in it, and the folders that hold
+    them; without a sidecar, `main` if its header says so.
     """
-    present = {path.name for path in directory.iterdir()}
     document = _sidecar(directory / SIDECAR)
     if document is not None:
         listed = document.get("files")
-        return sorted(
-            present - {SIDECAR, *(listed if isinstance(listed, list) else [main, *_COMPANIONS])}
-        )
+        names = listed if isinstance(listed, list) else [main, *_COMPANIONS]
+        return _unlisted(directory, [SIDECAR, *(name for name in names if isinstance(name, str))])
     try:
         if PROVENANCE_KEY in file_header(directory / main).metadata:
-            return sorted(present - {main, *_COMPANIONS})
+            return _unlisted(directory, [main, *_COMPANIONS])
     except (FileError, FormatError):
         pass
     return None
 
 
+def _unlisted(directory: Path, names: Iterable[str]) -> list[str]:
+    """Paths below a directory that are neither named nor a folder of one that is."""
+    ours = {os.fspath(path) for name in names for path in (Path(name), *Path(name).parents)}
+    return sorted(
+        os.fspath(path.relative_to(directory))
+        for path in directory.rglob("*")
+        if os.fspath(path.relative_to(directory)) not in ours
+    )
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Raise FileError unless the file system that `path` will be on has `needed` bytes free.
+
+    One that counts no blocks at all (ramfs, some network file systems) cannot be asked.
+    """
+    status = os.statvfs(path.parent)
+    free = status.f_bavail * status.f_frsize
+    if status.f_blocks and free < needed:
+        raise FileError(f"the output needs {needed} bytes, the disk has {free} free", path=path)
+
+
+def write_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """A new file with these bytes, its mode by the umask, flushed to disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.writelines(chunks)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def unwritable(path: str | os.PathLike[str], error: OSError) -> FileError:
     """The one wording for an operating-system error on writing."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return FileError("the disk is full; nothing was left behind", path=path)
+        return FileError("the disk is full", path=path, hint=NOTHING_LEFT)
     return FileError(f"cannot be written: {error.strerror or error}", path=path)
-
-
-def _publish_directory(staged: Path, final: Path) -> None:
-    old = staged.with_name(staged.name + "-old")
-    if final.exists():
-        for path in final.iterdir():
-            if path.is_file() and (staged / path.name).is_file():
-                _keep_mode(staged / path.name, path)
-        _keep_mode(staged, final)
-        if any(final.iterdir()):
-            if _exchange(staged, final):
-                shutil.rmtree(staged, ignore_errors=True)
-                return
-            os.rename(final, old)
-    try:
-        os.rename(staged, final)
-    except BaseException:
-        if old.exists():
-            os.rename(old, final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories in one step, so that no moment is without either; False if it cannot."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux; not on every file system
-    if rename is None:
-        return False
-    done: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE)
-    return done == 0
-
-
-def _keep_mode(staged: Path, replaced: Path) -> None:
-    if replaced.exists():
-        os.chmod(staged, replaced.stat().st_mode & 0o7777)
-
-
-def _sync_directory(directory: Path) -> None:
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:  # a folder that may be written but not listed
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a directory
-            raise
-    finally:
-        os.close(descriptor)

@@ -20,6 +20,7 @@ from adapterops.files.header import Header, header_length, parse_header
 
 POOL_SIZE = 64
 _FIRST_READ = 1 << 16
+_SAMPLE, _SAMPLES = 1 << 12, 16  # bytes of a block, blocks
 
 
 class Source(Protocol):
@@ -188,6 +189,14 @@ def read_bytes(source: Source, offset: int, length: int) -> bytearray:
     buffer = bytearray(length)
     source.pread_into(offset, memoryview(buffer))
     return buffer
+
+
+def sample(source: Source, offset: int, nbytes: int) -> bytes:
+    """Sixteen blocks of 4 KiB, spread evenly over `nbytes` of `source` from `offset`."""
+    last = max(nbytes - _SAMPLE, 0)
+    starts = sorted({last * k // (_SAMPLES - 1) for k in range(_SAMPLES)})
+    size = min(_SAMPLE, nbytes)
+    return b"".join(bytes(read_bytes(source, offset + start, size)) for start in starts)
 
 
 def read_header(source: Source) -> Header:

@@ -12,14 +12,13 @@ import numpy as np
 from adapterops import casts
 from adapterops.arrays import Array, like, namespace, put
 from adapterops.errors import AdapterOpsError, NumericsError, UnsupportedError
-from adapterops.files.source import Source, read_bytes
+from adapterops.files.source import Source, sample
 from adapterops.formats.kinds import KINDS
 
 Layer = Literal["linear", "conv", "embedding"]
 
 
 Read = Callable[["Ref"], np.ndarray[Any, Any]]
-_SAMPLE, _SAMPLES = 1 << 12, 16  # bytes of a block, blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +60,7 @@ class Ref:
 
         Training changes most numbers of what it changes; the rest a hash of all would have to find.
         """
-        last = max(self.nbytes - _SAMPLE, 0)
-        starts = sorted({last * k // (_SAMPLES - 1) for k in range(_SAMPLES)})
-        size = min(_SAMPLE, self.nbytes)
-        return b"".join(bytes(read_bytes(self.source, self.offset + at, size)) for at in starts)
+        return sample(self.source, self.offset, self.nbytes)
 
     def read(self, device: str = "cpu", raw: Read = raw) -> Array:
         """Its values as float64, exactly."""
