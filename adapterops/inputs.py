@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from adapterops.adapter import Adapter
 from adapterops.errors import UsageError
 from adapterops.formats import open_adapter_file, read_adapter
+
+if TYPE_CHECKING:
+    from adapterops.basemodel import BaseModel
 
 Input = str | os.PathLike[str] | Adapter
 
@@ -88,6 +91,41 @@ def open_rebased(
         models["residual"] = open_model(residual)
     rebased = rebase(file, models["base"], models.get("residual"))
     return Adapter(((1.0, rebased),)), {name: model.identity for name, model in models.items()}
+
+
+def open_for_base(
+    adapters: Sequence[Input],
+    base: BaseModel,
+    residual: str | os.PathLike[str] | None = None,
+    *,
+    alpha: float | Mapping[Any, float] | None = None,
+    allow_pickle: bool = False,
+) -> list[Adapter]:
+    """Adapters of a base model that is at hand: those relative to it are made summable.
+
+    `residual` is the base as their initialisation left it. Raises what `open_inputs` and `rebase`
+    raise.
+    """
+    from adapterops.basemodel import open_model
+    from adapterops.rebased.rebase import rebase
+
+    paths = {os.fspath(item) for item in adapters if not isinstance(item, Adapter)}
+    default, single = _alphas(alpha, paths)
+    left = open_model(residual) if residual is not None else None
+
+    def opened(item: Input) -> Adapter:
+        if isinstance(item, Adapter):
+            return item
+        path = os.fspath(item)
+        file = read_adapter(
+            path,
+            alpha=single.get(path, default),
+            alpha_wins=path in single,
+            allow_pickle=allow_pickle,
+        )
+        return Adapter(((1.0, rebase(file, base, left)),))
+
+    return [opened(item) for item in adapters]
 
 
 def _open(

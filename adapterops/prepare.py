@@ -186,13 +186,6 @@ def provenance_of(
     inputs: Sequence[AdapterFile], weights: Sequence[float], options: Options, on: Compute
 ) -> Provenance:
     """What an output made so will carry: hashes of the inputs, weights and options."""
-    names = labels([file.path for file in inputs])
-    hashed = iter(passes.sha256s([f.weights_file for f in inputs if not f.identity], on))
-    hashes = [file.identity or next(hashed) for file in inputs]
-    origins = tuple(
-        Origin(name, sha256, weight, file_sha256(file.config_file) if file.config_file else None)
-        for file, name, sha256, weight in zip(inputs, names, hashes, weights, strict=True)
-    )
     chosen = options.ranks
     recorded = {
         **{name: value for name, value in asdict(chosen).items() if value != _DEFAULTS[name]},
@@ -207,7 +200,20 @@ def provenance_of(
         "alpha": given_alphas(inputs) or None,
         **options.recorded,
     }
-    return Provenance(options.verb, origins, recorded)
+    return Provenance(options.verb, origins_of(inputs, weights, on), recorded)
+
+
+def origins_of(
+    inputs: Sequence[AdapterFile], weights: Sequence[float], on: Compute
+) -> tuple[Origin, ...]:
+    """The inputs by name and hash, with their weights."""
+    names = labels([file.path for file in inputs])
+    hashed = iter(passes.sha256s([f.weights_file for f in inputs if not f.identity], on))
+    hashes = [file.identity or next(hashed) for file in inputs]
+    return tuple(
+        Origin(name, sha256, weight, file_sha256(file.config_file) if file.config_file else None)
+        for file, name, sha256, weight in zip(inputs, names, hashes, weights, strict=True)
+    )
 
 
 def dry_run(plan: Plan, out: str, size: int, extras: Mapping[str, str]) -> PlanReport:

@@ -56,6 +56,22 @@ def load_tokenizer() -> Any:
     return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
+def save_checkpoint(folder: Path, dtype: torch.dtype) -> None:
+    """Write the model as an ordinary checkpoint of 16- or 32-bit numbers, with its tokenizer.
+
+    transformers will not save a model that came from a GGUF file, so its tensors are given to one
+    that did not.
+    """
+    loaded = load_model()
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.to(dtype).save_pretrained(folder)
+    load_tokenizer().save_pretrained(folder)
+
+
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
     """Silence one warning: PEFT asks transformers for an attribute under its old name."""

@@ -12,7 +12,7 @@ PACKAGE = Path(adapterops.__file__).parent
 # A module may import from its own layer and from those before it.
 LAYERS = [
     {"", "errors", "arrays"},
-    {"files", "casts", "linalg", "factors", "geometry", "stream"},
+    {"files", "casts", "linalg", "factors", "geometry", "stream", "rounding"},
     {"formats", "certificate", "options"},
     {"ranks", "scaling", "metric", "provenance", "extras", "serving"},
     {"frontier", "knapsack", "allocate"},
@@ -25,7 +25,8 @@ LAYERS = [
     {"companions"},
     {"save"},
     {"adapter"},
-    {"inputs", "difference", "checking"},
+    {"inputs", "difference", "checking", "baking"},
+    {"judging"},
     {"verbs"},
     {"render"},
     {"cli"},

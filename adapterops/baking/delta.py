@@ -133,7 +133,7 @@ class Delta:
         left, right = np.zeros((rows, total)), np.zeros((total, columns))
         c = np.empty(total)
         for term in self.band.terms:
-            B, A = term.site.factors()
+            B, A = term.factors()
             one, other = (A.T, B.T) if term.turned else (B, A)
             rank = one.shape[1]
             taken, placed = _meeting(term.rows, self.target.matrix[0], self.band)

@@ -91,9 +91,9 @@ def _one(
         return
     kind = str(config.get("model_type") or "")
     for name in _stack_names(blocks, _FUSED):
-        ref = tensors.get(name)
-        if ref is None or len(ref.shape) != 3:
+        if name not in tensors or len(tensors[name].shape) != 3:
             continue
+        ref = tensors[name]
         for in_out in (False, True):
             total = ref.shape[2 if in_out else 1]
             place = ("gate", "up").index(role)

@@ -125,11 +125,11 @@ def _attention(name: str, tensor: str, height: int, config: Config) -> list[_Ran
     result: list[_Ranges] = []
     for role, size in enumerate(each):
         first = sum(each[:role])
-        starts = (group * sum(each) + first for group in range(groups))
+        begins = [group * sum(each) + first for group in range(groups)]
         result.append(
             [
-                (slice(start, start + size), slice(group * size, (group + 1) * size))
-                for group, start in enumerate(starts)
+                (slice(begin, begin + size), slice(group * size, (group + 1) * size))
+                for group, begin in enumerate(begins)
             ]
         )
     return result

@@ -21,6 +21,7 @@ COMMANDS = {
     "compress": "adapterops.cli.compress",
     "convert": "adapterops.cli.convert",
     "extract": "adapterops.cli.extract",
+    "bake": "adapterops.cli.bake",
     "diff": "adapterops.cli.diff",
     "inspect": "adapterops.cli.inspect",
     "check": "adapterops.cli.check",
@@ -82,8 +83,10 @@ def main() -> NoReturn:
         else:
             error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail(Interrupted("interrupted; no unfinished output was left"), wants_json)
+    except (click.Abort, KeyboardInterrupt) as error:
+        said = error.__cause__ if isinstance(error, click.Abort) else error
+        nothing = Interrupted("interrupted; no unfinished output was left")
+        _fail(said if isinstance(said, Interrupted) else nothing, wants_json)
     except AdapterOpsError as error:
         _fail(error, wants_json)
     except MemoryError:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import click
 
 from adapterops.cli import talk
 from adapterops.cli.options import adapter_options, parse_alphas, rank_options, run_options
-from adapterops.errors import UsageError
+from adapterops.cli.weights import split_weights
 
 DEFAULT_OUTPUT = "merged"
 
@@ -43,13 +42,13 @@ def command(
     The report says what was lost, measured on the bytes written: truncation (rank), storage
     (number format) and both, relative to the exact sum.
     """
-    from adapterops.options import parse_weights, split_weight
+    from adapterops.options import parse_weights
     from adapterops.render.progress import reporter
     from adapterops.stream import keep_freed_memory
     from adapterops.verbs.merge import merge
 
     keep_freed_memory()
-    paths, given = _split(adapters, weights is not None, split_weight)
+    paths, given = split_weights(adapters, weights is not None)
     chosen = parse_weights(weights) if weights is not None else given
     out = DEFAULT_OUTPUT if output is None else output
     with reporter(quiet or no_progress) as progress:
@@ -69,36 +68,6 @@ def command(
         from adapterops.render.tables import page
 
         talk.result(page(report, verbose=verbose, command=_command), report.output)
-
-
-def _split(
-    arguments: tuple[str, ...], weights_given: bool, split_weight: Any
-) -> tuple[list[str], list[float] | None]:
-    """Paths, and the weights written behind colons."""
-    for argument in arguments:
-        if _is_number(argument) and not os.path.exists(argument):
-            raise UsageError(
-                f"{argument!r} is a number, not an adapter",
-                hint="weights are separated by commas, without spaces: --weights 0.7,0.3",
-            )
-    pairs = [split_weight(argument) for argument in arguments]
-    with_weight = [path for path, weight in pairs if weight is not None]
-    if not with_weight:
-        return [path for path, _ in pairs], None
-    if weights_given:
-        raise UsageError(f"{with_weight[0]}:… gives a weight, and so does --weights; use one form")
-    missing = [path for path, weight in pairs if weight is None]
-    if missing:
-        raise UsageError(f"{with_weight[0]} has a weight behind a colon, {missing[0]} has none")
-    return [path for path, _ in pairs], [weight for _, weight in pairs]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _command(rank: int) -> str:

@@ -151,6 +151,13 @@ _PICKLE = click.option(
     is_flag=True,
     help="Dangerous: read .bin/.pt files (weights_only, never code).",
 )
+_EXTRAS = click.option(
+    "--extras",
+    default="error",
+    show_default=True,
+    type=click.Choice(["error", "first", "average", "drop"]),
+    help="Heads, biases and token rows on which the inputs disagree.",
+)
 _ALPHA = click.option(
     "--alpha", multiple=True, metavar="X|PATH=X", help="For inputs that lack a scale."
 )
@@ -181,13 +188,23 @@ def adapter_options(command: Command) -> Command:
     return _all(
         command,
         file_options,
+        _EXTRAS,
+        _ALPHA,
+        _PICKLE,
+    )
+
+
+def base_options(command: Command) -> Command:
+    """How adapters are read beside their base model."""
+    return _all(
+        command,
+        click.option("--modules", metavar="REGEX", help="Only modules whose whole path matches."),
         click.option(
-            "--extras",
-            default="error",
-            show_default=True,
-            type=click.Choice(["error", "first", "average", "drop"]),
-            help="Heads, biases and token rows on which the inputs disagree.",
+            "--residual",
+            metavar="MODEL",
+            help="The base as an initialisation (CorDA, LoftQ, …) left it.",
         ),
+        _EXTRAS,
         _ALPHA,
         _PICKLE,
     )

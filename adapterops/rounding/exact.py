@@ -93,7 +93,7 @@ def _by_single(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, Array] | None:
     """What float32 rounds to, and flat indices of those it leaves in doubt; None if too many."""
-    T = W.float().add_(change.single(start, stop) if single is None else single)
+    T = torch.add(W.float(), change.single(start, stop) if single is None else single)
     u, v = change.bounds(start, stop)
     reach = torch.addr(T.abs(), u, v, beta=_SLACK)
     low = (T - reach).to(dtype)
@@ -228,9 +228,12 @@ def codes(x: torch.Tensor) -> torch.Tensor:
 
 def different(one: torch.Tensor, other: torch.Tensor) -> Array:
     """Flat indices, on the host, of the elements whose bits differ."""
-    if one.device.type != "cpu":
-        return (codes(one) != codes(other)).view(-1).nonzero().view(-1).cpu().numpy()
-    return np.flatnonzero(codes(one).numpy() != codes(other).numpy())  # faster than torch's
+    found: Array
+    if one.device.type == "cpu":  # numpy is the faster one
+        found = np.flatnonzero(codes(one).numpy() != codes(other).numpy())
+    else:
+        found = (codes(one) != codes(other)).view(-1).nonzero().view(-1).cpu().numpy()
+    return found
 
 
 def _zeros(W: torch.Tensor, flat: Array, dtype: torch.dtype) -> torch.Tensor:

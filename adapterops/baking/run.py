@@ -1,0 +1,200 @@
+"""The bytes of one file of the result, in order, and what became of every change on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from adapterops import casts
+from adapterops.baking.delta import Delta, bands
+from adapterops.baking.figures import Drift
+from adapterops.baking.kernel import Found, Rounding, bake_rows, cast, read_rows
+from adapterops.baking.shards import Copy, Shard, as_matrix, entry_of
+from adapterops.baking.targets import Target, Values
+from adapterops.errors import NumericsError
+from adapterops.files.source import Source, read_bytes
+from adapterops.formats.model import Ref
+from adapterops.rounding.exact import Counts
+from adapterops.stream import Compute, Job, run
+
+_CHUNK = 8 << 20  # bytes of the result that a job makes
+_TILES = 16 << 20  # bytes of temporaries in a job
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Bytes of the file from `offset` on, and what became of a change there.
+
+    `name` is the tensor's, "" for bytes that are copied.
+    """
+
+    offset: int
+    data: memoryview
+    name: str = ""
+    delta: Delta | None = None
+    found: Found | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the change of one target, added up over its blocks."""
+
+    drift: Drift = field(default_factory=Drift)
+    counts: Counts = field(default_factory=Counts)
+    _open: dict[int, tuple[Delta, Drift, torch.Tensor | None]] = field(default_factory=dict)
+
+    def add(self, delta: Delta, found: Found) -> None:
+        """Count a block in."""
+        key = delta.band.start
+        _, drift, along = self._open.get(key, (delta, Drift(), None))
+        if found.along is not None:
+            along = found.along if along is None else along + found.along
+        self._open[key] = (delta, drift + found.drift, along)
+        self.counts += found.counts
+
+    def close(self) -> None:
+        """No more blocks come: a change that is no more than its own rounding counts as none."""
+        for delta, drift, along in self._open.values():
+            if along is not None:
+                drift = replace(drift, inside=drift.inside + float((along * along).sum()))
+            if drift.delta <= delta.noise:
+                drift = Drift(changed=drift.changed, bias=drift.bias, error=drift.error)
+            self.drift += drift
+        self._open.clear()
+
+
+def make(
+    shard: Shard, rounding: Rounding, on: Compute, *, copies: bool = True, size: int = _CHUNK
+) -> Generator[Made, None, None]:
+    """The file's bytes after its header, in order, in pieces of about `size`.
+
+    `rounding.dtype` is replaced by each tensor's own. Without `copies` what is copied is left out.
+    Runs inside `exact_arithmetic`.
+    """
+    return run(_jobs(shard, rounding, on, copies, size), on)
+
+
+def _jobs(
+    shard: Shard, rounding: Rounding, on: Compute, copies: bool, size: int
+) -> Generator[Job[Made], None, None]:
+    position = len(shard.header)
+    for piece in shard.pieces:
+        if isinstance(piece, Copy):
+            if copies:
+                yield from _copies(piece, position, size)
+        elif isinstance(piece, Values):
+            yield from _values(piece, position, size)
+        else:
+            how = replace(rounding, dtype=entry_of(shard, piece).dtype)
+            yield from _bakes(piece, position, how, on, size)
+        if isinstance(piece, Copy):
+            position += piece.stop - piece.start
+        else:
+            position += entry_of(shard, piece).nbytes
+
+
+def _copies(copy: Copy, position: int, size: int) -> Iterator[Job[Made]]:
+    for first in range(copy.start, copy.stop, size):
+        length = min(size, copy.stop - first)
+        args = (position + first - copy.start, copy.ref.source, first, length)
+        yield Job("copy", _copy, args, length)
+
+
+def _values(values: Values, position: int, size: int) -> Iterator[Job[Made]]:
+    matrix = as_matrix(values.shape)
+    row_bytes = matrix[1] * _width(values.dtype)
+    for start, stop in _chunks(0, matrix[0], row_bytes, size):
+        args = (position + start * row_bytes, values, matrix, start, stop)
+        yield Job(values.name, _given, args, 40 * (stop - start) * matrix[1])
+
+
+def _bakes(
+    target: Target, position: int, rounding: Rounding, on: Compute, size: int
+) -> Iterator[Job[Made]]:
+    columns, width = target.matrix[1], _width(rounding.dtype)
+    row_bytes = columns * width
+    for band in bands(target):
+        delta = Delta(target, band, device=on.device)
+        whole = rounding.mode == "compensated" and target.inputs == "rows" and band.is_changed
+        chunks = _chunks(band.start, band.stop, row_bytes, size)
+        for start, stop in [(band.start, band.stop)] if whole else chunks:
+            numbers = (stop - start) * columns
+            peak = _TILES + 2 * numbers * width + 24 * delta.rank * sum(delta.shape)
+            peak += 40 * numbers if whole or not band.is_changed else 0
+            args = (position + start * row_bytes, delta, start, stop, rounding)
+            yield Job(target.name, _bake, args, peak)
+
+
+def _chunks(first: int, last: int, row_bytes: int, size: int) -> Iterator[tuple[int, int]]:
+    """Row ranges whose results take about `size` bytes."""
+    step = max(1, size // max(1, row_bytes))
+    return ((start, min(start + step, last)) for start in range(first, last, step))
+
+
+def _width(dtype: str) -> int:
+    return casts.FORMATS[dtype].bits // 8 if dtype in casts.FORMATS else 8
+
+
+def _copy(offset: int, source: Source, start: int, length: int) -> Made:
+    return Made(offset, memoryview(read_bytes(source, start, length)))
+
+
+def _bake(offset: int, delta: Delta, start: int, stop: int, rounding: Rounding) -> Made:
+    target, found = delta.target, None
+    if delta.band.is_changed:
+        _, after, found = bake_rows(delta, start, stop, rounding)
+    else:
+        after = cast(read_rows(target.ref, target.matrix, start, stop), rounding.dtype, target)
+    return Made(offset, as_bytes(after), target.name, delta, found)
+
+
+def _given(offset: int, values: Values, matrix: tuple[int, int], start: int, stop: int) -> Made:
+    """Rows of a tensor that is given values, rounded once to its type."""
+    if values.rows is None:
+        wide = _mean(values, start, stop)
+    else:
+        assert values.ref is not None
+        wide = read_rows(values.ref, matrix, start, stop).double().numpy()
+        order = {row: at for at, row in enumerate(values.rows)}
+        for row in (row for row in values.rows if start <= row < stop):
+            wide[row - start] = _mean(values, order[row], order[row] + 1)[0]
+    if casts.count_nonfinite(wide):
+        raise NumericsError(
+            f"values of {values.name!r} are NaN or infinite",
+            path=values.extra.refs[0].source.path,
+            hint="the training diverged or the file is damaged; leave this adapter out",
+        )
+    if values.dtype in casts.FORMATS:
+        casts.check_range(wide, values.dtype, values.name)
+    stored = casts.stored_bytes(casts.store(wide, values.dtype))
+    return Made(offset, stored, values.name)
+
+
+def _mean(values: Values, start: int, stop: int) -> np.ndarray[Any, Any]:
+    """Rows of an extra in float64: its own, or the weighted mean of several."""
+    total = math.fsum(values.extra.weights)
+    parts = [
+        (weight / total) * _rows(ref, start, stop)
+        for weight, ref in zip(values.extra.weights, values.extra.refs, strict=True)
+    ]
+    return np.asarray(sum(parts[1:], parts[0]))
+
+
+def _rows(ref: Ref, start: int, stop: int) -> np.ndarray[Any, Any]:
+    rows, columns = as_matrix(ref.shape)
+    each = ref.nbytes // rows
+    raw = np.frombuffer(
+        read_bytes(ref.source, ref.offset + start * each, (stop - start) * each), np.uint8
+    )
+    return np.asarray(casts.decode(raw, ref.dtype, (stop - start, columns)))
+
+
+def as_bytes(x: torch.Tensor) -> memoryview:
+    """A tensor's bytes."""
+    view: memoryview = x.contiguous().view(-1).view(torch.uint8).numpy().data
+    return view

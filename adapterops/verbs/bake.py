@@ -1,0 +1,161 @@
+"""bake: adapters added to the weights of their base model."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from adapterops.adapter import Adapter
+from adapterops.baking.kernel import Round
+from adapterops.baking.model import bake_model
+from adapterops.baking.planning import Options
+from adapterops.baking.report import BakeReport
+from adapterops.basemodel import BaseModel, open_model
+from adapterops.casts import DTYPE_NAMES
+from adapterops.errors import UsageError
+from adapterops.extras import Policy
+from adapterops.formats.model import AdapterFile
+from adapterops.inputs import Input, open_for_base
+from adapterops.options import check_weights, compute
+
+_Path = str | os.PathLike[str]
+
+
+def bake(
+    base: _Path,
+    adapters: Input | Iterable[Input],
+    weights: Sequence[float] | None = None,
+    *,
+    out: _Path,
+    round: Literal["exact", "nearest", "stochastic", "compensated"] = "exact",
+    dtype: str = "keep",
+    modules: str | None = None,
+    extras: str = "error",
+    residual: _Path | None = None,
+    max_drift: float | None = None,
+    link: bool = False,
+    reversible: bool = False,
+    hash: bool = False,
+    seed: int = 0,
+    alpha: float | Mapping[Any, float] | None = None,
+    device: str = "auto",
+    memory: str | int | None = None,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    strict: bool = False,
+    allow_pickle: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> BakeReport:
+    """Write `base` + Σ wᵢΔWᵢ, each sum rounded once, in the base's own files and types.
+
+    Bytes that no adapter changes are copied without being looked at. What the type of the weights
+    loses of the change is measured on what is written, in the same pass.
+
+    Args:
+        base: a safetensors file, an index or folder of shards, a model's folder, or a diffusers
+            pipeline. A file makes a file, anything else a directory.
+        adapters: paths or Adapters, one or several.
+        weights: one finite number per adapter; 1 each by default.
+        round: "exact", correctly rounded from the real number W + Σ wᵢsᵢBᵢAᵢ, the same bytes on
+            any machine; "nearest", in float32; "stochastic", by `seed`; "compensated", which
+            chooses of the two neighbours what keeps most of what the adapters do.
+        dtype: keep (each tensor's own), float32, bfloat16 or float16, for all tensors of floats.
+        modules: regular expression that a module path must match as a whole to be baked.
+        extras: what becomes of heads, biases and token rows on which inputs disagree: error,
+            first, average or drop.
+        residual: the base as an initialisation such as CorDA's left it.
+        max_drift: the largest total error within what the adapters read, ‖EQ‖ / ‖D‖.
+        link: give files that nothing changes a second name, a hard link, instead of a copy.
+        reversible: store what `unbake` needs to restore the base bit by bit.
+        hash: record the sha256 of all files of weights, of the base and of the result.
+        seed: of stochastic rounding.
+        alpha, device, memory, jobs, overwrite, strict, allow_pickle, progress: as in `merge`.
+        dry_run: return what a sample of the rows predicts and write nothing.
+
+    Raises:
+        AdapterOpsError: one of the tree in `adapterops.errors`. Nothing is written then; files
+            that were finished when a run was interrupted are kept beside `out`, and the same
+            call goes on from there.
+    """
+    options = Options(
+        round=_round(round),
+        seed=_seed(seed),
+        dtype=_dtype(dtype),
+        modules=modules,
+        extras=_policy(extras),
+        max_drift=_limit(max_drift),
+        link=link,
+        reversible=reversible,
+        hash=hash,
+        overwrite=overwrite,
+        strict=strict,
+        dry_run=dry_run,
+    )
+    on = compute(device, memory, jobs)
+    model = open_model(base)
+    files, factors = opened(model, adapters, weights, residual, alpha, allow_pickle)
+    return bake_model(model, files, factors, os.fspath(out), options, on, progress)
+
+
+def opened(
+    base: BaseModel,
+    adapters: Input | Iterable[Input],
+    weights: Sequence[float] | None,
+    residual: _Path | None,
+    alpha: float | Mapping[Any, float] | None,
+    allow_pickle: bool,
+) -> tuple[list[AdapterFile], list[float]]:
+    """Adapters, those relative to their base made summable with it, and a weight for each."""
+    base.check_not_quantised()
+    given = [adapters] if isinstance(adapters, str | os.PathLike | Adapter) else list(adapters)
+    if not given:
+        raise UsageError("at least one adapter is needed")
+    paths = [repr(item) if isinstance(item, Adapter) else os.fspath(item) for item in given]
+    chosen = [1.0] * len(given) if weights is None else weights
+    checked = check_weights(chosen, paths, normalize=False)
+    terms = open_for_base(given, base, residual, alpha=alpha, allow_pickle=allow_pickle)
+    pairs = [
+        (weight * inner, file)
+        for adapter, weight in zip(terms, checked, strict=True)
+        for inner, file in adapter.terms
+    ]
+    return [file for _, file in pairs], [weight for weight, _ in pairs]
+
+
+def _round(name: str) -> Round:
+    found: tuple[Round, ...] = get_args(Round)
+    for mode in found:
+        if mode == name:
+            return mode
+    raise UsageError(f"--round {name!r}: expected one of {', '.join(found)}")
+
+
+def _policy(name: str) -> Policy:
+    found: tuple[Policy, ...] = get_args(Policy)
+    for policy in found:
+        if policy == name:
+            return policy
+    raise UsageError(f"--extras {name!r}: expected one of {', '.join(found)}")
+
+
+def _dtype(name: str) -> str | None:
+    if name == "keep":
+        return None
+    if name not in DTYPE_NAMES:
+        raise UsageError(f"--dtype {name!r}: expected keep, {', '.join(DTYPE_NAMES)}")
+    return DTYPE_NAMES[name]
+
+
+def _limit(value: float | None) -> float | None:
+    if value is not None and not (0 <= value < math.inf):
+        raise UsageError(f"--max-drift {value}: expected a number of at least 0")
+    return value
+
+
+def _seed(value: int) -> int:
+    if not 0 <= value < 2**63:
+        raise UsageError(f"--seed {value}: expected a whole number from 0 to 2⁶³ − 1")
+    return value
