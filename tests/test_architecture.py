@@ -25,7 +25,7 @@ LAYERS = [
     {"companions"},
     {"save"},
     {"adapter"},
-    {"inputs", "difference", "checking", "baking"},
+    {"inputs", "difference", "checking", "baking", "undoing"},
     {"judging"},
     {"verbs"},
     {"render"},

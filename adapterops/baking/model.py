@@ -30,8 +30,12 @@ from adapterops.errors import Interrupted
 from adapterops.files.output import check_room, stage
 from adapterops.files.resumable import Resumed, resumable
 from adapterops.formats.model import AdapterFile
+from adapterops.provenance import Provenance
 from adapterops.rounding.exact import Counts
 from adapterops.stream import Compute
+from adapterops.undoing.folder import file_id
+from adapterops.undoing.saving import saved, write_undo
+from adapterops.undoing.undo import SUFFIX, FileId
 
 Progress = Callable[[str, int, int], None]
 
@@ -58,11 +62,12 @@ def bake_model(
     made = provenance_of(job, record, on)
     history = history_of(base)
     with _staged(job, plan_hash(made, record)) as place:
-        tallies, resumed = _write_shards(job, place, on, progress)
+        tallies, resumed = _write_shards(job, place, record, made, on, progress)
         report = replace(_report(job, tallies, resumed), history=history)
         check_result(job, report)
         names = write_rest(job, place, report, made, record)
-    return replace(report, files=tuple(names))
+    undo = tuple(name for name in names if name.endswith(SUFFIX))
+    return replace(report, files=tuple(names), undo=undo)
 
 
 @contextmanager
@@ -90,7 +95,12 @@ def _staged(job: Job, plan: str) -> Iterator[Place]:
 
 
 def _write_shards(
-    job: Job, place: Place, on: Compute, progress: Progress | None
+    job: Job,
+    place: Place,
+    record: Mapping[str, Any],
+    made: Provenance,
+    on: Compute,
+    progress: Progress | None,
 ) -> tuple[dict[str, Tally], list[str]]:
     """Every file of weights; what became of the changes, and which files were there already."""
     options = job.options
@@ -107,7 +117,7 @@ def _write_shards(
         if progress:
             progress("MB", done // 1_000_000, max(1, total // 1_000_000))
 
-    for shard in job.shards:
+    for shard, source in zip(job.shards, record["files"], strict=True):
         kept = _record(place, shard)
         if kept is not None:
             tallies |= {name: _tally(item) for name, item in kept["tensors"].items()}
@@ -115,9 +125,17 @@ def _write_shards(
             tick(shard.size)
             continue
         name = shard.name if job.is_directory else Path(job.final).name
-        found = write_shard(shard, place.path(name), rounding, on, link=options.link, tick=tick)
+        path = place.path(name)
+        found = write_shard(shard, path, rounding, on, link=options.link, tick=tick)
+        undo = place.path(name + SUFFIX)
+        if options.reversible and not shard.untouched:
+            undo.unlink(missing_ok=True)  # of a run that was stopped before the next line
+            ids = (FileId(source["name"], source["bytes"], source["sha256"]), file_id(path))
+            write_undo(undo, shard.source, path, saved(shard), made.inputs, ids, on)
         if isinstance(place, Resumed):
             tensors = {tensor: _plain(tally) for tensor, tally in found.items()}
+            if options.reversible and not shard.untouched:
+                place.done(name + SUFFIX, {})
             place.done(shard.name, {"tensors": tensors})
         tallies |= found
     return tallies, there

@@ -22,6 +22,9 @@ from adapterops.files.output import SIDECAR
 from adapterops.files.resumable import Resumed
 from adapterops.layout import sidecar_name
 from adapterops.provenance import Provenance, base_name, file_sha256
+from adapterops.undoing.folder import folder_record
+from adapterops.undoing.record import NAME, write_record
+from adapterops.undoing.undo import SUFFIX
 
 
 class Place(Protocol):
@@ -50,6 +53,7 @@ def write_rest(
         else:
             place.write(file.name, [file.content or b""])
         names.append(file.name)
+    names += _undo(job, place, record)
     sidecar = SIDECAR if job.is_directory else sidecar_name(Path(job.final))
     baked = place.root if isinstance(place, Resumed) else place.path(main)
     names.append(sidecar)
@@ -68,6 +72,20 @@ def write_rest(
     encoded = msgspec.json.format(msgspec.json.encode(plain(document)), indent=1)
     place.write(sidecar, [encoded])
     return names
+
+
+def _undo(job: Job, place: Place, record: Mapping[str, Any]) -> list[str]:
+    """The undo files, written already, and for a folder the record of what they do not restore."""
+    if not job.options.reversible:
+        return []
+    changed = [shard.name for shard in job.shards if not shard.untouched]
+    if not job.is_directory:
+        return [Path(job.final).name + SUFFIX] if changed else []
+    weights = {
+        shard.name: file["sha256"] for shard, file in zip(job.shards, record["files"], strict=True)
+    }
+    write_record(place.path(NAME), *folder_record(job.base, weights, changed, job.beside))
+    return [*(name + SUFFIX for name in changed), NAME]
 
 
 def _measured(report: BakeReport) -> dict[str, Any]:

@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "adapterops.cli.convert",
     "extract": "adapterops.cli.extract",
     "bake": "adapterops.cli.bake",
+    "unbake": "adapterops.cli.unbake",
     "diff": "adapterops.cli.diff",
     "inspect": "adapterops.cli.inspect",
     "check": "adapterops.cli.check",

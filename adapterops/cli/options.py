@@ -223,11 +223,19 @@ def from_option(command: Command) -> Command:
 def run_options(command: Command) -> Command:
     """Where and how a command runs and talks."""
     for option in (
-        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
         click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
         click.option("--strict", is_flag=True, help="Turn warnings into errors."),
-        click.option("--no-progress", is_flag=True, help="No progress on stderr."),
         click.option("-v", "--verbose", is_flag=True, help="One line per module."),
+    ):
+        command = option(command)
+    return place_options(command)
+
+
+def place_options(command: Command) -> Command:
+    """Where a command runs and writes, and how much it says."""
+    for option in (
+        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
+        click.option("--no-progress", is_flag=True, help="No progress on stderr."),
         click.option("-q", "--quiet", is_flag=True, help="Print nothing but warnings and errors."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
         click.option("-j", "--jobs", type=int, metavar="N", help="Workers: threads, or processes."),

@@ -64,9 +64,11 @@ class Staging:
         write_file(self.path(name), chunks)
 
     def path(self, name: str) -> Path:
-        """Where to write the file `name`, once."""
+        """Where to write the file `name`."""
         if self.directory:
             return self.root / name
+        if name in self._files:
+            return self._files[name]
         staged = self.root.with_name(f"{self.root.name}-{len(self._files)}")
         self._files[name] = staged
         return staged

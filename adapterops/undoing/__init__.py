@@ -1,0 +1,1 @@
+"""The way back from a baked model: what restores its base bit by bit."""
