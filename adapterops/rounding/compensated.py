@@ -78,22 +78,25 @@ class _Basis:
 
 
 class _Group:
-    """Rows p_j of P, p_i·p_j for i < j as a matrix and row by row, and ‖p_j‖² + λ."""
+    """Rows p_j of P, p_i·p_j for i < j as a matrix and row by row (`before`), and ‖p_j‖² + λ."""
 
     def __init__(self, p: Tensor, products: Tensor, weights: Tensor) -> None:
         self.p, self.products, self.weights = p, products, weights
-        self.earlier = [row[:j] for j, row in enumerate(products.unbind())]
+        self.before = [row[:j] for j, row in enumerate(products.unbind())]
 
 
 class _Buffers:
-    """Blocks (columns of a group, rows) of float64 that the groups share, and their columns."""
+    """Blocks (columns of a group, rows) of float64 that the groups share.
+
+    `columns` are limit, half, and the halves of the columns before it, of each column.
+    """
 
     def __init__(self, like: Tensor) -> None:
         shape = (6, _GROUP, len(like))
         self.blocks = torch.empty(shape, dtype=torch.float64, device=like.device).unbind()
         limit, half = self.blocks[:2]
-        self.earlier = [half[:j].mT for j in range(_GROUP)]
-        self.columns = list(zip(limit.unbind(), half.unbind(), self.earlier, strict=True))
+        before = [half[:j].mT for j in range(_GROUP)]
+        self.columns = list(zip(limit.unbind(), half.unbind(), before, strict=True))
 
 
 def _round_rows(T: Tensor, basis: _Basis, result: Tensor, module: str) -> int:
@@ -145,8 +148,8 @@ def _settle(limit: Tensor, mid: Tensor, upper: Tensor, least: Tensor) -> None:
 
 def _follow(buffers: _Buffers, group: _Group) -> None:
     """Choose neighbours column by column: limits lose S·p_j, halves take their signs."""
-    for (limit, half, halves), products in zip(buffers.columns, group.earlier, strict=False):
-        limit.addmv_(halves, products, alpha=-1)
+    for (limit, half, before), products in zip(buffers.columns, group.before, strict=False):
+        limit.addmv_(before, products, alpha=-1)
         torch.copysign(half, limit, out=half)
 
 

@@ -25,6 +25,7 @@ _MOST_DOUBT = 0.05  # beyond this share of a block all of it is decided in float
 _SLACK = 2.0**-22  # of |T|: two roundings of T and two of what is added to it
 _DOUBLE_SLACK = 2.0**-51
 _LEAST = 2.0**-149  # so that both signs of a zero are seen
+_TILE = 1 << 13  # elements decided at once on a CPU: what that takes stays in its cache
 _PER_COUNTER = 16  # elements that the 256 bits of a counter serve
 
 
@@ -78,7 +79,16 @@ def thresholds(seed: int, name: str, first: int, count: int) -> Tensor:
 
 
 def _chosen(T: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rule for float64 T and x of one shape: without rounding errors, and monotone in T."""
+    """The rule for T, float32 or float64, and x of one shape: exact, and monotone in T."""
+    chosen = torch.empty(T.shape, dtype=dtype, device=T.device)
+    size = _TILE if T.device.type == "cpu" else max(1, T.numel())
+    tiles = (tensor.reshape(-1).split(size) for tensor in (T, x))
+    for part, t, at in zip(chosen.view(-1).split(size), *tiles, strict=True):
+        part.copy_(_chosen_tile(t.double(), at, dtype))
+    return chosen
+
+
+def _chosen_tile(T: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     lower, upper = multiples(T, dtype)
     boundary = torch.sub(upper, lower).mul_(x).add_(lower)
     largest = torch.finfo(dtype).max
@@ -86,15 +96,15 @@ def _chosen(T: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     beyond = T.abs() >= rounding_limit(dtype)
     if bool(beyond.any()):
         chosen = torch.where(beyond, torch.full_like(T, torch.inf).copysign_(T), chosen)
-    return chosen.to(dtype)
+    return chosen
 
 
 def _by_single(T: Tensor, bounds: tuple[Tensor, Tensor], x: Tensor, rounded: Tensor) -> Array:
     """Fill `rounded` with what float32 T chooses; flat indices of what it leaves in doubt."""
     x = x.to(T.device).view(T.shape)
     reach = torch.addr(T.abs(), *bounds, beta=_SLACK).clamp_(min=_LEAST)
-    low = _chosen((T - reach).double(), x, rounded.dtype)
-    rounded.copy_(_chosen(T.add_(reach).double(), x, rounded.dtype))
+    low = _chosen(T - reach, x, rounded.dtype)
+    rounded.copy_(_chosen(T.add_(reach), x, rounded.dtype))
     doubt = different(low, rounded)
     return doubt if len(doubt) <= _MOST_DOUBT * T.numel() else np.arange(T.numel())
 
@@ -103,7 +113,7 @@ def _settle(W: Tensor, change: Change, start: int, x: Tensor, rounded: Tensor, f
     """Decide elements in float64, and exactly where that is not enough; how many those are."""
     places = torch.from_numpy(flat)
     x = x[places]
-    base = W.view(-1)[places.to(W.device)].cpu().double().numpy()
+    base = W.reshape(-1)[places.to(W.device)].cpu().double().numpy()
     rows, columns = np.divmod(flat, W.shape[1])
     if len(flat) == W.numel():
         sums = change.double(start, start + len(W)).view(-1).numpy()
