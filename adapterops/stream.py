@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from adapterops.errors import MemoryLimitError
 
 T = TypeVar("T")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,16 +154,19 @@ def _exact_torch(device: str) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(*, shared: bool = False) -> None:
     """Tell glibc to reuse freed blocks instead of returning each to the kernel.
 
     Temporaries of a few megabytes are otherwise faulted in again for every module, a third of a
-    merge's time. It concerns the whole process, so the command line calls it and the library never.
+    merge's time. `shared`: by all threads, whose own reserves add up where a run has many pools.
+    It concerns the whole process, so the command line calls it and the library never.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_TRIM_THRESHOLD, 512 << 20)
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        if shared:
+            libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def available_threads() -> int:

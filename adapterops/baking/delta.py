@@ -210,8 +210,6 @@ class Delta:
 
     @cached_property
     def _basis(self) -> torch.Tensor | None:
-        from scipy.linalg import qr
-
         if self.band.dense:
             return None
         parts = self.factors
@@ -222,10 +220,11 @@ class Delta:
         vectors = mine[:, used] / scale[used]
         if vectors.shape[1] >= vectors.shape[0]:
             return None
-        Q, R, _ = qr(vectors, mode="economic", pivoting=True, check_finite=False)
-        diagonal = np.abs(np.diag(R))
-        kept = int((diagonal > max(vectors.shape) * _DOUBLE * diagonal.max(initial=0.0)).sum())
-        return torch.from_numpy(Q[:, :kept].astype(np.float32)).to(self.device)
+        Q, R = np.linalg.qr(vectors)
+        turned, sizes, _ = np.linalg.svd(R)
+        kept = sizes > max(vectors.shape) * _DOUBLE * sizes.max(initial=0.0)
+        basis = (Q @ turned[:, kept]).astype(np.float32)
+        return torch.from_numpy(basis).to(self.device)
 
     def _local(self, start: int, stop: int) -> slice:
         return slice(start - self.band.start, stop - self.band.start)

@@ -1,7 +1,8 @@
 """What became of a change when it was rounded into a weight: sums that add up over blocks.
 
-W is the stored weight, D the change, W′ what was written, E = W′ − W − D. All sums are float64 over
-elements computed in float32 (relative error about 10⁻⁶); elements without a change are not counted.
+W is the stored weight, D the change, W′ what was written, E = W′ − W − D. Sums are of elements in
+float32 (relative error about 10⁻⁶), in float64 where W′ is float32 and E no larger than float32's
+own error; elements without a change are not counted.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ class Drift:
     `inside` is Σ‖E·Q‖², Q an orthonormal basis of what the adapters read (their A's). `changed` and
     `swallowed` count elements with W′ ≠ W, and with W′ = W though D ≠ 0; `subnormal` those of W′
     below the normal range where W was not, `clipped` those that a rounding with feedback could not
-    move. `ulp_max` is the largest |E| in units of ulp(max(|W|, |W′|)); `ulp_sum` is Σ|E| in them
-    over `ulp_count` elements, a sample of rows.
+    move. Of `ulp_count` elements, a sample of rows, `ulp_max` is the largest |E| in units of
+    ulp(max(|W|, |W′|)), of W′'s type, and `ulp_sum` is Σ|E| in them.
     """
 
     elements: int = 0

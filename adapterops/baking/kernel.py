@@ -20,6 +20,7 @@ from adapterops.errors import NumericsError
 from adapterops.formats.model import Ref
 from adapterops.rounding.compensated import round_compensated
 from adapterops.rounding.exact import Counts, codes, narrowed, round_exactly
+from adapterops.rounding.grid import ulp
 from adapterops.rounding.stochastic import round_stochastically
 
 Round = Literal["exact", "nearest", "stochastic", "compensated"]
@@ -27,6 +28,7 @@ Round = Literal["exact", "nearest", "stochastic", "compensated"]
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _TILE = 1 << 18  # elements
 _SAMPLED = 64  # every so many rows are counted in units of the last place
+_TINY = 1e-30  # a sum of squares as small as this may lack some that underflowed
 _NORMAL = 0x0400  # the code of float16's smallest normal number
 
 
@@ -53,10 +55,11 @@ class Found:
 
 def read_rows(ref: Ref, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
     """Rows [start, stop) of a stored tensor seen as a matrix, in its own type."""
-    width = ref.nbytes // matrix[0] if matrix[0] else 0
-    raw = np.empty((stop - start) * width, np.uint8)
-    ref.source.pread_into(ref.offset + start * width, raw.data)
-    return torch.from_numpy(raw).view(TORCH[ref.dtype]).view(stop - start, matrix[1])
+    rows = torch.empty((stop - start, matrix[1]), dtype=TORCH[ref.dtype])
+    width = matrix[1] * rows.element_size()
+    raw: memoryview = rows.view(-1).view(torch.uint8).numpy().data
+    ref.source.pread_into(ref.offset + start * width, raw)
+    return rows
 
 
 def bake_rows(
@@ -71,15 +74,18 @@ def bake_rows(
     before = read_rows(target.ref, target.matrix, start, stop)
     after = torch.empty(before.shape, dtype=TORCH[rounding.dtype])
     step = max(1, _TILE // max(1, target.matrix[1]))
-    whole = rounding.mode == "compensated" and target.inputs == "rows"
+    if rounding.mode == "compensated":  # goes column by column: few rows are slow
+        step = stop - start
     drift, counts, along = Drift(), Counts(), None
-    for first in range(start, stop, stop - start if whole else step):
-        last = stop if whole else min(first + step, stop)
+    for first in range(start, stop, max(1, step)):
+        last = min(first + step, stop)
         here = slice(first - start, last - start)
         W = before[here].to(delta.device)
         single = delta.single(first, last)
         rounded, more, clipped = _rounded(W, delta, first, last, single, rounding)
-        tile, part = _measured(W, rounded, single, delta, first, last)
+        # What float32 loses is no larger than its own rounding of D: only float64 tells it.
+        D = delta.double(first, last).to(delta.device) if rounding.dtype == "F32" else single
+        tile, part = _measured(W, rounded, D, delta, first, last)
         if not np.isfinite(tile.error):
             raise _overflow(W, rounded, delta, rounding)
         drift += replace(tile, clipped=clipped)
@@ -112,10 +118,15 @@ def _rounded(
     basis = delta.basis() if how.mode == "compensated" else None
     if basis is None:
         return (*round_exactly(W, delta, start, stop, single, dtype), 0)
-    T = W.cpu().double() + delta.double(start, stop)
+    if not bool(torch.isfinite(W).all()):
+        raise _overflow(W, W, delta, how)
+    before = W.cpu().double()
+    T = before + delta.double(start, stop)
+    zero = T == 0
+    T[zero] = torch.copysign(T[zero], before[zero])
     turned = delta.target.inputs == "rows"
     T, P = (T.T if turned else T), basis.cpu().double()
-    rounded, clipped = round_compensated(T.contiguous(), P, dtype, module=delta.target.name)
+    rounded, clipped = round_compensated(T, P, dtype, module=delta.target.name)
     rounded = (rounded.T.contiguous() if turned else rounded).to(W.device)
     return rounded, Counts(double=W.numel()), clipped
 
@@ -128,16 +139,15 @@ def _measured(
     start: int,
     stop: int,
 ) -> tuple[Drift, torch.Tensor | None]:
-    """The figures of a tile; W, `rounded` and D (rows, n), D in float32."""
-    if W.dtype == torch.float64:
-        moved = torch.sub(rounded.double(), W.double()).float()
-    else:
-        moved = torch.sub(rounded.float(), W.float())  # float() of a float32 is no copy
+    """The figures of a tile, in D's type, float32 or float64; W, `rounded` and D are (rows, n)."""
+    moved = torch.sub(rounded.to(D.dtype), W.to(D.dtype))
     realised, delta2 = _dot(moved, D), _dot(D, D)
     error = moved.sub_(D)
     squares = _dot(error, error)
     basis = delta.basis()
     inside, along = squares, None
+    if basis is not None:
+        basis = basis.to(D.dtype)
     if basis is not None and delta.target.inputs == "columns":
         seen = error @ basis
         inside = _dot(seen, seen)
@@ -147,7 +157,8 @@ def _measured(
     elements = delta.elements(start, stop)
     changed = _count_changed(W, rounded)
     sample = slice(0, None, _SAMPLED)
-    ulps = error[sample].abs() / _ulp(torch.maximum(W[sample].abs(), rounded[sample].abs()))
+    larger = torch.maximum(W[sample].abs(), rounded[sample].abs())
+    ulps = error[sample].abs() / ulp(larger.float(), rounded.dtype)
     drift = Drift(
         elements=elements,
         delta=delta2,
@@ -166,14 +177,12 @@ def _measured(
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor) -> float:
-    return float(torch.dot(x.reshape(-1), y.reshape(-1)))
-
-
-def _ulp(x: torch.Tensor) -> torch.Tensor:
-    """The spacing of x's type at |x|, that of the smallest normal number below it; float32."""
-    info = torch.finfo(x.dtype)
-    exponent = torch.frexp(x.float().clamp(min=info.smallest_normal)).exponent
-    return torch.ldexp(torch.full(x.shape, info.eps, device=x.device), exponent - 1)
+    """Σ xy; of float32, again in float64 where squares may have left its range."""
+    x, y = x.reshape(-1), y.reshape(-1)
+    found = float(torch.dot(x, y))
+    if not _TINY < abs(found) < np.inf:
+        found = float(torch.dot(x.double(), y.double()))
+    return found
 
 
 def _count_changed(W: torch.Tensor, rounded: torch.Tensor) -> int:

@@ -54,7 +54,9 @@ def _sampled(target: Target, rounding: Rounding, device: str) -> Drift:
         basis = delta.basis()
         if along and basis is not None:
             found = replace(found, inside=_inside(found, basis.shape[1] / basis.shape[0]))
-        total += found.scaled((band.stop - band.start) / rows)
+        found = found.scaled((band.stop - band.start) / rows)
+        if found.delta > delta.noise:
+            total += found
     return total
 
 

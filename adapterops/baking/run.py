@@ -22,7 +22,8 @@ from adapterops.formats.model import Ref
 from adapterops.rounding.exact import Counts
 from adapterops.stream import Compute, Job, run
 
-_CHUNK = 8 << 20  # bytes of the result that a job makes
+_CHUNK = 2 << 20  # bytes of the result that a job makes
+_FEEDBACK = 4  # times as many rows, where rounding goes column by column
 _TILES = 16 << 20  # bytes of temporaries in a job
 
 
@@ -42,30 +43,30 @@ class Made:
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the change of one target, added up over its blocks."""
+    """What became of the change of one target, added up over its blocks, band by band."""
 
     drift: Drift = field(default_factory=Drift)
     counts: Counts = field(default_factory=Counts)
-    _open: dict[int, tuple[Delta, Drift, torch.Tensor | None]] = field(default_factory=dict)
+    _bands: dict[int, tuple[float, Drift, torch.Tensor | None]] = field(default_factory=dict)
 
     def add(self, delta: Delta, found: Found) -> None:
         """Count a block in."""
-        key = delta.band.start
-        _, drift, along = self._open.get(key, (delta, Drift(), None))
+        _, drift, along = self._bands.get(delta.band.start, (0.0, Drift(), None))
         if found.along is not None:
             along = found.along if along is None else along + found.along
-        self._open[key] = (delta, drift + found.drift, along)
+        # The delta itself is not kept: it holds the factors of its module.
+        self._bands[delta.band.start] = (delta.noise, drift + found.drift, along)
         self.counts += found.counts
 
     def close(self) -> None:
         """No more blocks come: a change that is no more than its own rounding counts as none."""
-        for delta, drift, along in self._open.values():
+        for noise, drift, along in self._bands.values():
             if along is not None:
                 drift = replace(drift, inside=drift.inside + float((along * along).sum()))
-            if drift.delta <= delta.noise:
+            if drift.delta <= noise:
                 drift = Drift(changed=drift.changed, bias=drift.bias, error=drift.error)
             self.drift += drift
-        self._open.clear()
+        self._bands.clear()
 
 
 def make(
@@ -120,12 +121,13 @@ def _bakes(
     row_bytes = columns * width
     for band in bands(target):
         delta = Delta(target, band, device=on.device)
-        whole = rounding.mode == "compensated" and target.inputs == "rows" and band.is_changed
-        chunks = _chunks(band.start, band.stop, row_bytes, size)
+        feedback = rounding.mode == "compensated" and band.is_changed
+        whole = feedback and target.inputs == "rows"
+        chunks = _chunks(band.start, band.stop, row_bytes, size * (_FEEDBACK if feedback else 1))
         for start, stop in [(band.start, band.stop)] if whole else chunks:
             numbers = (stop - start) * columns
             peak = _TILES + 2 * numbers * width + 24 * delta.rank * sum(delta.shape)
-            peak += 40 * numbers if whole or not band.is_changed else 0
+            peak += 40 * numbers if feedback or not band.is_changed else 0
             args = (position + start * row_bytes, delta, start, stop, rounding)
             yield Job(target.name, _bake, args, peak)
 

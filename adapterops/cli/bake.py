@@ -74,7 +74,7 @@ def command(
     from adapterops.stream import keep_freed_memory
     from adapterops.verbs.bake import bake
 
-    keep_freed_memory()
+    keep_freed_memory(shared=True)
     paths, given = split_weights(adapters, weights is not None)
     with reporter(quiet or no_progress) as progress:
         report = bake(

@@ -29,7 +29,7 @@ def command(
     from adapterops.stream import keep_freed_memory
     from adapterops.verbs.unbake import unbake
 
-    keep_freed_memory()
+    keep_freed_memory(shared=True)
     with reporter(quiet or no_progress) as progress:
         report = unbake(baked, out=output, progress=progress, **options)
     for warning in report.warnings:
