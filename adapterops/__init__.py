@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from adapterops.adapter import Adapter, open_adapter
+    from adapterops.baking.report import BakeReport
     from adapterops.certificate import ModuleReport, PlanReport, Report
     from adapterops.checking.findings import Finding
     from adapterops.checking.report import CheckReport
@@ -20,55 +21,72 @@ if TYPE_CHECKING:
     from adapterops.errors import AdapterOpsError
     from adapterops.factors import Factors
     from adapterops.inspection.report import Inspection
+    from adapterops.judging.report import DriftReport
+    from adapterops.undoing.restoring import UnbakeReport
+    from adapterops.verbs.bake import bake
     from adapterops.verbs.check import check
     from adapterops.verbs.compress import compress
     from adapterops.verbs.convert import convert
     from adapterops.verbs.diff import diff
+    from adapterops.verbs.drift import drift
     from adapterops.verbs.extract import extract
     from adapterops.verbs.inspect import inspect
     from adapterops.verbs.merge import merge
+    from adapterops.verbs.unbake import unbake
 
 _PUBLIC = {
     "Adapter": "adapterops.adapter",
     "AdapterOpsError": "adapterops.errors",
+    "BakeReport": "adapterops.baking.report",
     "CheckReport": "adapterops.checking.report",
     "DiffReport": "adapterops.difference.report",
+    "DriftReport": "adapterops.judging.report",
     "Factors": "adapterops.factors",
     "Finding": "adapterops.checking.findings",
     "Inspection": "adapterops.inspection.report",
     "ModuleReport": "adapterops.certificate",
     "PlanReport": "adapterops.certificate",
     "Report": "adapterops.certificate",
+    "UnbakeReport": "adapterops.undoing.restoring",
+    "bake": "adapterops.verbs.bake",
     "check": "adapterops.verbs.check",
     "compress": "adapterops.verbs.compress",
     "convert": "adapterops.verbs.convert",
     "diff": "adapterops.verbs.diff",
+    "drift": "adapterops.verbs.drift",
     "extract": "adapterops.verbs.extract",
     "inspect": "adapterops.verbs.inspect",
     "merge": "adapterops.verbs.merge",
     "open_adapter": "adapterops.adapter",
+    "unbake": "adapterops.verbs.unbake",
 }
 
 __all__ = [
     "Adapter",
     "AdapterOpsError",
+    "BakeReport",
     "CheckReport",
     "DiffReport",
+    "DriftReport",
     "Factors",
     "Finding",
     "Inspection",
     "ModuleReport",
     "PlanReport",
     "Report",
+    "UnbakeReport",
     "__version__",
+    "bake",
     "check",
     "compress",
     "convert",
     "diff",
+    "drift",
     "extract",
     "inspect",
     "merge",
     "open_adapter",
+    "unbake",
 ]
 
 

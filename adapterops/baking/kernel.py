@@ -82,7 +82,8 @@ def bake_rows(
         here = slice(first - start, last - start)
         W = before[here].to(delta.device)
         single = delta.single(first, last)
-        rounded, more, clipped = _rounded(W, delta, first, last, single, rounding)
+        with np.errstate(invalid="ignore"):  # infinities in W, which are found below
+            rounded, more, clipped = _rounded(W, delta, first, last, single, rounding)
         # What float32 loses is no larger than its own rounding of D: only float64 tells it.
         D = delta.double(first, last).to(delta.device) if rounding.dtype == "F32" else single
         tile, part = _measured(W, rounded, D, delta, first, last)

@@ -11,6 +11,7 @@ from typing import Any
 
 import adapterops
 from adapterops.basemodel import BaseModel
+from adapterops.files import checkpoint
 from adapterops.files.output import SIDECAR
 from adapterops.files.source import LocalFile, read_bytes, read_header
 from adapterops.layout import sidecar_name
@@ -43,26 +44,33 @@ def base_record(base: BaseModel, *, hashed: bool) -> dict[str, Any]:
 def history_of(base: BaseModel) -> tuple[Mapping[str, Any], ...]:
     """The bakes that made a base, first to last, as its sidecar tells; () for one that none made.
 
-    A sidecar speaks of the base beside it only if it has the hash of its samples.
+    A sidecar speaks of the base beside it only if it has the hash of its samples. That of a file
+    is its own, or its folder's, if it is all of that model.
     """
     given = Path(base.path)
-    is_folder = given.is_dir() or given.name.endswith(".index.json")
     folder = given if given.is_dir() else given.parent
-    sidecar = folder / SIDECAR if is_folder else given.with_name(sidecar_name(given))
+    sidecars = [folder / SIDECAR]
+    if not given.is_dir() and not checkpoint.is_index(given):
+        sidecars.insert(0, given.with_name(sidecar_name(given)))
+    for document in map(_read, sidecars):
+        if document.get("sampled_sha256") == base.identity:
+            earlier = document.get("history")
+            found = [*(earlier if isinstance(earlier, list) else []), document.get("provenance")]
+            return tuple(item for item in found if isinstance(item, dict))
+    return ()
+
+
+def _read(sidecar: Path) -> dict[str, Any]:
+    """The sidecar of a bake, {} for anything else."""
     try:
         if sidecar.stat().st_size > _LARGEST:
-            return ()
+            return {}
         document = json.loads(sidecar.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return ()
+        return {}
     if not isinstance(document, dict) or document.get("schema") != "adapterops.bake/1":
-        return ()
-    if document.get("sampled_sha256") != base.identity:
-        return ()
-    earlier = document.get("history")
-    own = document.get("provenance")
-    found = [*(earlier if isinstance(earlier, list) else []), own]
-    return tuple(item for item in found if isinstance(item, dict))
+        return {}
+    return document
 
 
 def provenance(

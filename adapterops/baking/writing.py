@@ -14,7 +14,7 @@ from adapterops.errors import FileError
 from adapterops.files.clone import duplicate, reflink
 from adapterops.files.direct import PatchWriter, SequentialWriter
 from adapterops.files.header import Header
-from adapterops.files.source import LocalFile, file_header
+from adapterops.files.source import LocalFile, Source, file_header
 from adapterops.rounding.precision import exact_arithmetic
 from adapterops.stream import Compute
 
@@ -28,18 +28,20 @@ def write_shard(
 
     A file without changes is linked (`link`), cloned or copied by the kernel. Where the file system
     shares blocks, a file of the same layout is a clone with its changed tensors patched. `tick`
-    is told how many bytes are done. Raises FileError, ChangedError, NumericsError; what was written
-    is removed then.
+    is told how many bytes are done. Raises FileError, NumericsError, and ChangedError for a source
+    that is not what it was when the file was planned; what was written is removed then.
     """
     source = LocalFile(os.path.realpath(shard.source))
     try:
         if shard.untouched:
             duplicate(Path(shard.source), path, link=link)
+            tallies = {}
             tick(shard.size)
-            return {}
-        with exact_arithmetic():
-            tallies = _written(shard, path, rounding, on, source, tick)
-        source.check_unchanged()
+        else:
+            with exact_arithmetic():
+                tallies = _written(shard, path, rounding, on, source, tick)
+        for each in (source, *_sources(shard)):
+            each.check_unchanged()
         _check(shard, path)
         return tallies
     except BaseException:
@@ -48,6 +50,12 @@ def write_shard(
         raise
     finally:
         source.close()
+
+
+def _sources(shard: Shard) -> Iterator[Source]:
+    """The files that tensors of the shard start as, as they were when it was planned."""
+    refs = (piece.ref for piece in shard.pieces if piece.ref is not None)
+    return iter({id(ref.source): ref.source for ref in refs}.values())
 
 
 def _written(

@@ -9,7 +9,8 @@ element if |E| is within its bound; each bound holds those below it.
     2  delta       + ½ulp(D): D rounded to the base's type before it was added
     3  16-bit      + Σ ½ulp(cBA) + ½c·ulp(BA): each D computed in 16 bits
     4  factors     + 2·2⁻ᵖ⁻¹·c|B||A|: factors rounded to 16 bits, or TF32's 10 bits of mantissa
-    5  sequence    h(M) becomes k·h(|W| + Σ|D|): k adapters, or a cast of W, rounded in turn
+    5  sequence    h(M) becomes k·h(|W| + Σ|D|): k adapters, or a cast of W, rounded in turn;
+                   of one in bfloat16, + ½ulp in float16, by way of which it may have come
     6  faithful    2h(M) + b: a neighbour of T; only where provenance names such a rounding
 
 u·v bounds what float32 makes of D (`Delta.bounds`), twice: here and in the tool. Of a dense change
@@ -171,10 +172,12 @@ def _wide(
         limit += torch.from_numpy(rounded)
         wrong &= error > limit
         counts[1] += int(wrong.sum())
+        reach = (w.abs() + torch.from_numpy(sizes)) * _WIDER
         if how.steps > 1:
-            reach = (w.abs() + torch.from_numpy(sizes)) * _WIDER
             limit += how.steps * half_ulp(reach, (how.grid,)) - near
-            wrong &= error > limit
+        elif how.grid == "BF16":
+            limit += half_ulp(reach, ("F16",))
+        wrong &= error > limit
         counts[2] += int(wrong.sum())
     return counts
 

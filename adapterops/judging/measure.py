@@ -1,7 +1,7 @@
 """One stored tensor before and after a merge, read once, tile by tile: all sums that judge it.
 
 Rows that no adapter changes must be W to the last bit, or W rounded where W' has another type. A
-float32 W' whose values all lie on a 16-bit grid was merged there: it is judged on that grid.
+W' whose values all lie on a coarser type's grid was merged there: it is judged on that grid.
 Arithmetic must be exact here (`rounding.precision.exact_arithmetic`, entered by the caller).
 """
 
@@ -29,6 +29,10 @@ from adapterops.rounding.grid import ulp
 Array = np.ndarray[Any, Any]
 Alter = Callable[[Band, Array, Array, Array], tuple[Array, Array, Array]]
 _TILE = 1 << 18  # elements
+_COARSER = {
+    torch.float32: (torch.bfloat16, torch.float16),
+    torch.float16: (torch.bfloat16,),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +236,11 @@ def _tile(
 
 
 def on_grid(after: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """float32 values in a 16-bit type that holds all of them, and whether there is one."""
-    if after.dtype != torch.float32 or not after.numel():
-        return after, False
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(after[0].to(dtype).float(), after[0]):
+    """Values in a type of fewer bits of mantissa that holds all of them, if there is one."""
+    for dtype in _COARSER.get(after.dtype, ()) if after.numel() else ():
+        if torch.equal(after[0].to(dtype).to(after.dtype), after[0]):
             narrow = after.to(dtype)
-            if torch.equal(narrow.float(), after):
+            if torch.equal(narrow.to(after.dtype), after):
                 return narrow, True
     return after, False
 

@@ -10,7 +10,7 @@ against the same way restated.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,8 +27,8 @@ class Route:
 
     `cast`: W first, to the type of W'. `each`: after each adapter. `delta`: the change, or each
     adapter's, to this 16-bit type; `product`: B·A first, then its multiple, where all have one
-    factor. `times`: how often it is all added. `faithful`: to any of both neighbours of W + D,
-    which is no way to compute but a promise.
+    factor. `times`: how often it is all added. `half`: all of it in float16, then cast. `faithful`:
+    to any of both neighbours of W + D, which is no way to compute but a promise.
     """
 
     cast: bool = False
@@ -36,12 +36,13 @@ class Route:
     delta: str = ""
     product: bool = False
     times: int = 1
+    half: bool = False
     faithful: bool = False
 
     @property
     def rung(self) -> int:
         """The lowest rung that it stands on."""
-        if self.each or self.times > 1:
+        if self.each or self.half or self.times > 1:
             return FAITHFUL - 1
         return 2 + self.product if self.delta else 0
 
@@ -63,6 +64,10 @@ def restate(
 
     `steps` are the changes that are rounded one after the other, `single` is `delta`'s in float32.
     """
+    if route.half:
+        in_half = replace(route, half=False, cast=True)
+        merged = restate(W, delta, steps, first, single, in_half, torch.float16)
+        return merged.float().to(dtype)
     last = first + len(W)
     start = W if W.dtype == dtype or not route.cast else narrowed(W.double(), dtype)
     several = route.each or route.times > 1

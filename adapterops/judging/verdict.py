@@ -113,7 +113,7 @@ def judge(pair: Pair, faithful: bool = False) -> Judged:
         return found
     if found.implementation != "failed" and not (found.rung == FAITHFUL - 1 and _cast(pair, found)):
         return found
-    for route in routes(pair, tuple(sums.narrow), _cast(pair, found)):
+    for route in routes(pair, found, _cast(pair, found)):
         other = _verdict(pair, measure(pair, route), route)
         better = found.implementation == "failed" or (other.rung or 0) < found.rung
         if other.implementation != "failed" and other.rung is not None and better:
@@ -121,17 +121,18 @@ def judge(pair: Pair, faithful: bool = False) -> Judged:
     return found
 
 
-def routes(pair: Pair, narrow: tuple[str, ...], cast: bool) -> list[Route]:
+def routes(pair: Pair, found: Judged, cast: bool) -> list[Route]:
     """Ways to the result that a tensor allows, other than W + D rounded once."""
     several = len(inputs_of(pair.target)) > 1
-    found = [
+    ways = [
         Route(first, each, delta, product)
         for first in ((False, True) if cast else (False,))
         for each in ((False, True) if several else (False,))
-        for delta in ("", *narrow)
+        for delta in ("", *found.narrow)
         for product in ((False, True) if delta else (False,))
     ]
-    return sorted((r for r in found if r != SUM), key=lambda r: (r.rung, r.cast))
+    ways = sorted((way for way in ways if way != SUM), key=lambda way: (way.rung, way.cast))
+    return [*ways, Route(each=several, half=True)] if found.grid == "BF16" else ways
 
 
 def _cast(pair: Pair, found: Judged) -> bool:
