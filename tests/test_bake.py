@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import adapterops as ao
 from adapterops import casts
@@ -39,6 +40,8 @@ from adapterops.errors import (
 from adapterops.rounding.grid import neighbours
 from adapterops.verbs.bake import bake
 from tests import bake_models, changes, checkpoints, ldm_checkpoints
+from tests import test_bake_names as names
+from tests import test_bake_values as values
 from tests.bake_models import CONFIG, LAYOUTS, differing, expected, factors, stored, weights
 from tests.support import dense, pairs, weighted, write_kohya, write_peft
 
@@ -708,7 +711,8 @@ class TestPrediction:
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 class TestFiles:
@@ -1149,11 +1153,399 @@ class TestKinds:
         up, down = rng.standard_normal((12, 2, 1, 1)), 0.01 * rng.standard_normal((2, 6, 3, 3))
         kohya = {"lora_unet_blocks_0_conv": (up.astype("f4"), down.astype("f4"))}
         one = write_kohya(tmp_path / "k.safetensors", kohya, alpha=1.0)
-        from safetensors.numpy import load_file, save_file
-
         shift = rng.standard_normal(12).astype("f4")
         save_file({**load_file(one), "lora_unet_blocks_0_conv.diff_b": shift}, one)
         bake(base, one, [0.7], out=tmp_path / "o")
         delta = 0.7 * 0.5 * dense(kohya)["lora_unet_blocks_0_conv"]
         wanted = expected(base, {stem: delta, f"{stem}.bias": 0.7 * shift.astype(float)})
         assert differing(stored(tmp_path / "o.safetensors"), wanted) == []
+
+
+class TestWholeModels:
+    """Models of transformers with adapters of PEFT: reloaded, they do what the adapter did."""
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            *("embedding", "head", "both-differently", "both-tied", "saved-head", "saved-both"),
+            *("tokens", "tokens-of-the-head", "tokens-grown", "grown", "shrunk"),
+            *("grown-embedding", "untied-grown-both", "biases", "gpt2-head", "gpt2-tokens"),
+        ],
+    )
+    def test_values_and_tied_weights(self, case: str, tmp_path: Path) -> None:
+        kind, tied, stays, options = values.LIVE[case]
+        bias = {"attention_bias": True} if case == "biases" else {}
+        given = {**bias, **({} if kind == "gpt2" else {"tie_word_embeddings": tied})}
+        made = values.tiny(kind, tmp_path / "base", **given)
+        live = values.adapter(made, tmp_path / "adapter", **options)
+        report = bake(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+        result = values.reloaded(tmp_path / "out", kind)
+        assert np.abs(values.logits(result) - live).max() <= 1e-5 * np.abs(live).max()
+        assert values.are_one(result) == stays and result.config.tie_word_embeddings == stays
+        names = stored(tmp_path / "out")
+        assert set(report.added) == names.keys() - stored(tmp_path / "base").keys()
+        assert set(report.values) <= names.keys()
+        assert report.size == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+    def test_a_tied_base_of_shards(self, tmp_path: Path) -> None:
+        """The head goes where the embedding is, and into the index."""
+        made = values.tiny("llama", tmp_path / "base", tie_word_embeddings=True)
+        live = values.adapter(made, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+        made = values.tiny("llama", tmp_path / "base", tie_word_embeddings=True)
+        made.save_pretrained(tmp_path / "shards", max_shard_size="3KB")
+        count = len(files(tmp_path / "shards"))
+        assert count > 2
+        bake(tmp_path / "shards", tmp_path / "adapter", out=tmp_path / "out")
+        index = json.loads((tmp_path / "out" / checkpoints.INDEX).read_text())
+        where = index["weight_map"]
+        assert where["lm_head.weight"] == where["model.embed_tokens.weight"]
+        assert index["metadata"]["total_size"] == sum(
+            len(tensor.raw) for tensor in stored(tmp_path / "out").values()
+        )
+        result = values.reloaded(tmp_path / "out", "llama")
+        assert np.abs(values.logits(result) - live).max() <= 1e-5 * np.abs(live).max()
+
+    @pytest.mark.parametrize(
+        ("cls", "config", "sizes", "targets"),
+        [case.values for case in names.MODELS if case.id in ("llama", "phi3", "neox", "gpt2")],
+        ids=["llama", "phi3", "neox", "gpt2"],
+    )
+    @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+    def test_as_PEFT_merges(
+        self, cls: str, config: str, sizes: dict[str, Any], targets: Any, dora: bool, tmp_path: Path
+    ) -> None:
+        if cls == "GPT2LMHeadModel":
+            targets = [name for name in targets if name != "wpe"] if dora else targets
+        made = names.made(cls, config, sizes)
+        names.trained(made, tmp_path, target_modules=targets, use_dora=dora)
+        bake(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+        found, merged = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "merged"))
+        assert found.keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
+        for name, value in found.items():
+            assert np.abs(value - merged[name]).max(initial=0) < 1e-6, name
+            assert value.dtype == np.float32
+
+    @pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+    def test_experts(self, kind: str, tmp_path: Path) -> None:
+        sizes = {**names.SIZES, **names.EXPERTS, **names.APART}
+        targets = {"target_modules": ["o_proj"], "target_parameters": names.PARAMETERS}
+        made = names.made(f"{kind}ForCausalLM", f"{kind}Config", sizes)
+        names.trained(made, tmp_path, **targets)
+        bake(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+        found, merged = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "merged"))
+        assert found.keys() == merged.keys()
+        assert max(np.abs(found[n] - merged[n]).max() for n in found) < 1e-6
+
+    def test_logits_of_the_adapter_on_the_fly(self, tmp_path: Path) -> None:
+        """In float32 to rounding; in bfloat16 as near as PEFT's own merge or nearer."""
+        import transformers
+        from peft import PeftModel
+
+        made = names.made("LlamaForCausalLM", "LlamaConfig", {**names.SIZES, **names.APART})
+        names.trained(made, tmp_path, target_modules="all-linear")
+        ids = torch.arange(12)[None] * 5 % 32
+
+        def live(dtype: torch.dtype) -> np.ndarray:
+            plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+            adapted = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+            with torch.no_grad():
+                result: np.ndarray = adapted.eval()(ids).logits.double().numpy()
+            return result
+
+        def of(folder: Path) -> np.ndarray:
+            model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype="auto")
+            with torch.no_grad():
+                result: np.ndarray = model.eval()(ids).logits.double().numpy()
+            return result
+
+        with names.quiet():
+            bake(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+            wanted = live(torch.float32)
+            assert np.abs(of(tmp_path / "out") - wanted).max() < 1e-5 * np.abs(wanted).max()
+            half = tmp_path / "half"
+            bake(tmp_path / "base", tmp_path / "adapter", out=half, dtype="bfloat16")
+            gap = np.abs(of(half) - wanted).max()
+            assert 1e-4 < gap / np.abs(wanted).max() < 0.1
+
+
+class TestImageModels:
+    def test_stable_diffusion_in_one_file(self, tmp_path: Path) -> None:
+        """kohya's stems of U-Net and text encoder, inverted from LDM's names."""
+        rng = np.random.default_rng(1)
+        shapes = ldm_checkpoints.sd1(ldm_checkpoints.TINY, 16, 2)
+        tensors = {name: 0.02 * rng.standard_normal(shape) for name, shape in shapes.items()}
+        base = bake_models.model(tmp_path / "m", tensors, "F16", "file", config=None)
+        unet = "model.diffusion_model."
+        text = "cond_stage_model.transformer.text_model.encoder.layers.1"
+        places = {
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (
+                f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+            ),
+            "lora_unet_down_blocks_0_attentions_0_proj_in": f"{unet}input_blocks.1.1.proj_in",
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2": (
+                f"{unet}middle_block.1.transformer_blocks.0.ff.net.2"
+            ),
+            "lora_unet_down_blocks_0_resnets_0_conv1": f"{unet}input_blocks.1.0.in_layers.2",
+            "lora_te_text_model_encoder_layers_1_mlp_fc1": f"{text}.mlp.fc1",
+        }
+        parts, deltas = {}, {}
+        for seed, (stem, name) in enumerate(places.items()):
+            shape = shapes[f"{name}.weight"]
+            B, A = pairs(seed, {stem: (shape[0], int(np.prod(shape[1:])))}, 2)[stem]
+            deltas[name] = 0.8 * 0.5 * dense({name: (B, A)})[name]
+            if len(shape) == 4:
+                B, A = B.reshape(*B.shape, 1, 1), A.reshape(2, *shape[1:])
+            parts[stem] = (B, A)
+        one = write_kohya(tmp_path / "k.safetensors", parts, alpha=1.0)
+        report = bake(base, one, [0.8], out=tmp_path / "o")
+        out = tmp_path / "o.safetensors"
+        assert differing(stored(out), expected(base, deltas)) == []
+        assert report.modules == 5 and bake_models.head(out) == bake_models.head(base)
+        with pytest.raises(IncompatibleError, match="lora_unet_elsewhere"):
+            odd = {**parts, "lora_unet_elsewhere_to_q": next(iter(parts.values()))}
+            bake(base, write_kohya(tmp_path / "l.safetensors", odd, alpha=1.0), out=tmp_path / "p")
+
+    def test_a_pipeline(self, tmp_path: Path) -> None:
+        """U-Net and text encoder, one file and shards; what neither has travels."""
+        rng = np.random.default_rng(1)
+        base, out = tmp_path / "m", tmp_path / "o"
+        block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+        text = "text_model.encoder.layers.0.self_attn"
+        unet = {f"{block}.{n}.weight": rng.standard_normal((16, 16)) for n in ("to_q", "to_k")}
+        encoder = {f"{text}.{n}.weight": rng.standard_normal((8, 8)) for n in ("q_proj", "k_proj")}
+        vae = {"decoder.conv_in.weight": rng.standard_normal((4, 4, 3, 3))}
+        config = {"_class_name": "UNet2DConditionModel"}
+        bake_models.model(base / "unet", unet, "F16", "file", config)
+        file = base / "unet" / "model.safetensors"
+        file.rename(file.with_name("diffusion_pytorch_model.safetensors"))
+        bake_models.model(base / "text_encoder", encoder, "BF16", "shards", {"model_type": "clip_text_model"}, shards=2)
+        bake_models.model(base / "vae", vae, "F32", "file", {"_class_name": "AutoencoderKL"})
+        (base / "scheduler").mkdir()
+        (base / "scheduler" / "scheduler_config.json").write_text("{}")
+        (base / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+        found = pairs(1, {f"unet.{block}.to_q": (16, 16), f"text_encoder.{text}.q_proj": (8, 8)}, 2)
+        (tmp_path / "a").mkdir()
+        tensors = {f"{n}.lora_{k}.weight": v for n, p in found.items() for k, v in zip("BA", p, strict=True)}
+        save_file(tensors, tmp_path / "a" / "pytorch_lora_weights.safetensors")
+        report = bake(base, tmp_path / "a", [0.5], out=out)
+        assert differing(stored(out), expected(base, dense(found, 0.5))) == []
+        assert report.tensors.keys() == {f"{name}.weight" for name in found}
+        index = json.loads((out / "text_encoder" / checkpoints.INDEX).read_text())
+        assert index["weight_map"].keys() == encoder.keys()
+        assert index["metadata"]["total_size"] == 2 * 2 * 64
+        here = bytes_below(out)
+        del here["adapterops.json"]
+        assert here.keys() == bytes_below(base).keys() == {*report.files} - {"adapterops.json"}
+        for name in ("model_index.json", "scheduler/scheduler_config.json", "vae/model.safetensors"):
+            assert here[name] == bytes_below(base)[name]
+        last = bake(out, tmp_path / "a", [-0.5], out=tmp_path / "p")
+        assert len(last.history) == 1
+
+
+class Stop(BaseException):
+    """What a killed process would not come to: nothing is caught, nothing tidied up."""
+
+
+class TestGoingOn:
+    """A run that ended early, and the same call again."""
+
+    @pytest.fixture
+    def given(self, tmp_path: Path) -> tuple[Path, Path]:
+        base = bake_models.model(tmp_path / "m", weights(), "BF16", "shards", shards=4)
+        return base, adapter(tmp_path / "a")
+
+    @staticmethod
+    def interrupt(monkeypatch: Any, after: int, error: type[BaseException] | BaseException) -> None:
+        """Raise `error` in place of the next file, when `after` are written."""
+        real, count = writing.write_shard, [0]
+
+        def stopping(*args: Any, **options: Any) -> Any:
+            if count[0] == after:
+                raise error
+            count[0] += 1
+            return real(*args, **options)
+
+        from adapterops.baking import model as baking_model
+
+        monkeypatch.setattr(baking_model, "write_shard", stopping)
+
+    @pytest.mark.parametrize("after", [0, 1, 3])
+    def test_ctrl_c(
+        self, after: int, given: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        bake(*given, out=tmp_path / "whole")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+            self.interrupt(patch, after, KeyboardInterrupt)
+            bake(*given, out=tmp_path / "o")
+        nothing_but(tmp_path, *[".o.adapterops-partial"] * (after > 0), "a", "m", "whole")
+        if after:
+            assert f"{after} of 4 files of weights are kept" in str(caught.value)
+            assert "the same command" in str(caught.value)
+        report = bake(*given, out=tmp_path / "o")
+        assert report.resumed == after
+        nothing_but(tmp_path, "a", "m", "o", "whole")
+        assert bytes_of(tmp_path / "o", "o", "whole") == bytes_of(tmp_path / "whole")
+
+    @pytest.mark.parametrize("kind", ["folder", "file"])
+    def test_ctrl_c_in_the_middle_of_a_file(
+        self, kind: str, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        base, one = model(tmp_path / "m", layout=kind), adapter(tmp_path / "a")
+        real = run.make
+
+        def stopping(*args: Any, **options: Any) -> Any:
+            for number, made in enumerate(real(*args, **options)):
+                if number == 3:
+                    raise KeyboardInterrupt
+                yield made
+
+        monkeypatch.setattr(writing, "make", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            bake(base, one, out=tmp_path / "o")
+        nothing_but(tmp_path, "a", "m")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            *("weights", "round", "dtype", "modules", "alpha in the config", "adapter", "base"),
+            *("time of the base", "config of the base", "seed"),
+        ],
+    )
+    def test_another_plan_begins_anew(
+        self, change: str, given: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        base, one = given
+        options: dict[str, Any] = {"round": "stochastic"} if change == "seed" else {}
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            self.interrupt(patch, 2, KeyboardInterrupt)
+            bake(base, one, out=tmp_path / "o", **options)
+        if change == "weights":
+            options["weights"] = [0.5]
+        elif change in ("round", "dtype", "modules", "seed"):
+            other = {"round": "nearest", "dtype": "float16", "modules": ".*q_proj", "seed": 5}
+            options[change] = other[change]
+        elif change == "alpha in the config":
+            config = json.loads((one / "adapter_config.json").read_text())
+            (one / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 7}))
+        elif change == "adapter":
+            write_peft(one, factors(2))
+        elif change == "config of the base":
+            config = json.loads((base / "config.json").read_text())
+            (base / "config.json").write_text(json.dumps({**config, "num_attention_heads": 3}))
+        else:
+            data = bytearray(files(base)[0].read_bytes())
+            data[-40] ^= change == "base"
+            files(base)[0].write_bytes(data)
+        report = bake(base, one, out=tmp_path / "o", **options)
+        assert report.resumed == 0
+        bake(base, one, out=tmp_path / "p", **options)
+        assert bytes_of(tmp_path / "o", "o", "p") == bytes_of(tmp_path / "p")
+        nothing_but(tmp_path, "a", "m", "o", "p")
+
+    def test_another_residual_begins_anew(self, tmp_path: Path, monkeypatch: Any) -> None:
+        base = bake_models.model(tmp_path / "m", weights(), "F32", "shards")
+        one = write_peft(tmp_path / "a", factors(1), init_lora_weights="corda")
+        for name, seed in (("r", 8), ("s", 9)):
+            bake_models.model(tmp_path / name, weights(seed), "F32", "shards")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            self.interrupt(patch, 2, KeyboardInterrupt)
+            bake(base, one, out=tmp_path / "o", residual=tmp_path / "r")
+        report = bake(base, one, out=tmp_path / "o", residual=tmp_path / "s")
+        assert report.resumed == 0
+        bake(base, one, out=tmp_path / "p", residual=tmp_path / "s")
+        assert differing(stored(tmp_path / "o"), stored(tmp_path / "p")) == []
+
+    def test_what_does_not_decide_bytes_does_not_matter(
+        self, given: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            self.interrupt(patch, 2, KeyboardInterrupt)
+            bake(*given, out=tmp_path / "o", jobs=1, seed=3)
+        options: dict[str, Any] = {"jobs": 2, "memory": "50MB", "link": True, "max_drift": 0.5}
+        report = bake(*given, out=tmp_path / "o", **options, seed=4)
+        assert report.resumed == 2
+
+    def test_a_finished_file_that_was_damaged_is_written_again(
+        self, given: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            self.interrupt(patch, 2, KeyboardInterrupt)
+            bake(*given, out=tmp_path / "o")
+        append(files(tmp_path / ".o.adapterops-partial")[0])
+        assert bake(*given, out=tmp_path / "o").resumed == 1
+        assert differing(stored(tmp_path / "o"), expected(given[0], dense(factors(1)))) == []
+
+    def test_too_little_room_is_said_first(
+        self, given: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        real, size = os.statvfs, sum(f.stat().st_size for f in files(given[0]))
+
+        def full(path: Any) -> Any:
+            found = real(path)
+            values = {n: getattr(found, n) for n in ("f_blocks", "f_frsize")}
+            return type("Status", (), {**values, "f_bavail": (size - 1) // found.f_frsize})()
+
+        monkeypatch.setattr(os, "statvfs", full)
+        with pytest.raises(FileError, match=rf"the output needs {size} bytes, the disk has") as e:
+            bake(*given, out=tmp_path / "o")
+        assert e.value.exit_code == 6
+        nothing_but(tmp_path, "a", "m")
+
+    @pytest.mark.parametrize("kind", ["shards", "file"])
+    def test_a_disk_that_fills_up_in_the_middle(
+        self, kind: str, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        base, one = model(tmp_path / "m", layout=kind), adapter(tmp_path / "a")
+        before = bytes_below(tmp_path)
+        real, left = os.pwrite, [15_000]
+
+        def filling(descriptor: int, data: Any, offset: int) -> int:
+            left[0] -= len(data)
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(descriptor, data, offset)
+
+        with monkeypatch.context() as patch, pytest.raises(FileError, match="disk is full") as e:
+            patch.setattr(os, "pwrite", filling)
+            bake(base, one, out=tmp_path / "o")
+        assert e.value.exit_code == 6
+        after = bytes_below(tmp_path)
+        assert {name: after[name] for name in before} == before
+        if kind == "file":
+            assert after.keys() == before.keys()
+        else:
+            assert "1 finished file is kept, the same command continues" in str(e.value)
+        report = bake(base, one, out=tmp_path / "o")
+        assert report.resumed == (kind == "shards")
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    @pytest.mark.parametrize("at", ["config.json", "adapterops.json", "model.safetensors.index.json"])
+    def test_a_disk_that_fills_up_at_the_end(
+        self, at: str, given: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        from adapterops.files import resumable
+
+        real = resumable.write_file
+
+        def filling(path: Path, chunks: Any) -> None:
+            if path.name == at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(path, chunks)
+
+        with monkeypatch.context() as patch, pytest.raises(FileError, match="4 finished files"):
+            patch.setattr(resumable, "write_file", filling)
+            bake(*given, out=tmp_path / "o", dtype="float16")
+        nothing_but(tmp_path, ".o.adapterops-partial", "a", "m")
+        report = bake(*given, out=tmp_path / "o", dtype="float16")
+        assert report.resumed == 4
+        bake(*given, out=tmp_path / "p", dtype="float16")
+        assert bytes_of(tmp_path / "o", "o", "p") == bytes_of(tmp_path / "p")
+
+    def test_an_output_that_appears_meanwhile(self, given: tuple[Path, Path], tmp_path: Path) -> None:
+        def hook(*_: Any) -> None:
+            (tmp_path / "o").mkdir(exist_ok=True)
+            (tmp_path / "o" / "mine").write_text("x")
+
+        with pytest.raises(OutputExistsError):
+            bake(*given, out=tmp_path / "o", progress=hook)
+        assert bytes_of(tmp_path / "o") == {"mine": b"x"}

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adapterops import casts
 from adapterops.verbs.bake import bake
@@ -147,41 +148,61 @@ def test_own_merge_is_exact(base, baked):
     assert (report.implementation, report.rung) == ("ok", 0)
 
 
+FEW = (".layers.9.", ".layers.17.", ".layers.25.")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Three layers of both adapters: causes are sought in every tensor that is wrong."""
+    folders = []
+    for adapter in (ADAPTER, OTHER):
+        folders.append(tmp_path_factory.mktemp("few") / adapter.name)
+        shutil.copytree(adapter, folders[-1])
+        file = folders[-1] / "adapter_model.safetensors"
+        kept = {n: x for n, x in load_file(file).items() if any(layer in n for layer in FEW)}
+        save_file(kept, file, {"format": "pt"})
+    return folders
+
+
 # tensors that are wrong, kind of the cause, what the summary says
 DIAGNOSES = {
     "not_applied": (1, "not-applied", "not applied"),
-    "wrong_scale": (MODULES, "wrong-scale", "alpha/√r, 5.657, in place of alpha/r, 2"),
+    "wrong_scale": (6, "wrong-scale", "alpha/√r, 5.657, in place of alpha/r, 2"),
     "transposed": (1, "transposed", "transpose"),
     "sign": (1, "sign", "subtracted"),
     "partial": (1, "partial-rank", "4 of the change's 8 directions"),
-    "twice": (MODULES, "twice", "merged twice"),
-    "other": (MODULES, "another-adapter", "another change"),
+    "twice": (6, "twice", "merged twice"),
+    "other": (6, "another-adapter", "another change"),
 }
 
 
 @pytest.mark.parametrize("defect", DIAGNOSES)
-def test_broken_merges_are_judged_wrong(base, tmp_path, defect):
-    broken = merges.broken_checkpoint(defect, base, ADAPTER, tmp_path / "broken", other=OTHER)
-    report = drift(base, ADAPTER, broken)
+def test_broken_merges_are_judged_wrong(base, few, tmp_path, defect):
+    adapter, other = few
+    broken = merges.broken_checkpoint(defect, base, adapter, tmp_path / "broken", other=other)
+    report = drift(base, adapter, broken)
     shutil.rmtree(broken)
     count, kind, said = DIAGNOSES[defect]
     wrong = [t for t in report.tensors.values() if t.implementation == "failed"]
     assert (report.implementation, report.exit_code) == ("failed", 5)
-    assert len(report.tensors) == MODULES and len(wrong) == count
-    assert {t.cause.kind for t in wrong} == {kind}
-    assert all(t.cause.certain for t in wrong) or defect == "other"
+    assert len(report.tensors) == 6 and len(wrong) == count
+    kinds = Counter(t.cause.kind for t in wrong)
+    assert kinds.most_common(1)[0][0] == kind
+    # Adapters trained from one seed are alike in some modules, which nothing then explains.
+    assert len(kinds) == 1 or defect == "other"
+    assert all(t.cause.certain for t in wrong) == (defect != "other")
     assert said in report.summary[0]
     assert not report.findings
 
 
-def without_a_tensor(base, out):
+def without_a_tensor(base, adapter, out):
     """A right merge that lost a tensor which no adapter changes."""
-    return merges.merge_checkpoint(base, [ADAPTER], out, change=lambda state: state.pop(LOST))
+    return merges.merge_checkpoint(base, [adapter], out, change=lambda state: state.pop(LOST))
 
 
-def with_a_zeroed_norm(base, out):
+def with_a_zeroed_norm(base, adapter, out):
     """A right merge with a norm of zeros."""
-    return merges.broken_checkpoint("zeroed_norm", base, ADAPTER, out)
+    return merges.broken_checkpoint("zeroed_norm", base, adapter, out)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +210,9 @@ def with_a_zeroed_norm(base, out):
     [(with_a_zeroed_norm, "model.norm.weight", "zeroed"), (without_a_tensor, LOST, "lost")],
     ids=["zeroed norm", "lost tensor"],
 )
-def test_what_no_adapter_changes_is_judged_too(base, tmp_path, spoil, name, kind):
-    broken = spoil(base, tmp_path / "broken")
-    report = drift(base, ADAPTER, broken)
+def test_what_no_adapter_changes_is_judged_too(base, few, tmp_path, spoil, name, kind):
+    broken = spoil(base, few[0], tmp_path / "broken")
+    report = drift(base, few[0], broken)
     shutil.rmtree(broken)
     assert (report.implementation, report.exit_code) == ("failed", 5)
     assert [(f.name, f.kind) for f in report.findings if f.fails] == [(name, kind)]

@@ -86,7 +86,7 @@ def bake_rows(
             rounded, more, clipped = _rounded(W, delta, first, last, single, rounding)
         # What float32 loses is no larger than its own rounding of D: only float64 tells it.
         D = delta.double(first, last).to(delta.device) if rounding.dtype == "F32" else single
-        tile, part = _measured(W, rounded, D, delta, first, last)
+        tile, part = measured(W, rounded, D, delta, first, last)
         if not np.isfinite(tile.error):
             raise _overflow(W, rounded, delta, rounding)
         drift += replace(tile, clipped=clipped)
@@ -132,7 +132,7 @@ def _rounded(
     return rounded, Counts(double=W.numel()), clipped
 
 
-def _measured(
+def measured(
     W: torch.Tensor,
     rounded: torch.Tensor,
     D: torch.Tensor,

@@ -23,7 +23,8 @@ _LARGEST = 64 << 20
 def base_record(base: BaseModel, *, hashed: bool) -> dict[str, Any]:
     """The base by name, a hash of samples, and its files by size, time and hash of their headers.
 
-    `hashed` adds the sha256 of every file's bytes.
+    Configs say what a weight's rows are, so theirs is a hash too. `hashed` adds the sha256 of every
+    file's bytes.
     """
     files = []
     for path in base.files:
@@ -38,7 +39,13 @@ def base_record(base: BaseModel, *, hashed: bool) -> dict[str, Any]:
             "header_sha256": header,
         }
         files.append({**entry, "sha256": file_sha256(os.fspath(path))} if hashed else entry)
-    return {"name": base.name, "sampled_sha256": base.identity, "files": files}
+    configs = json.dumps({part: dict(base.configs[part]) for part in base.configs}, sort_keys=True)
+    return {
+        "name": base.name,
+        "sampled_sha256": base.identity,
+        "configs_sha256": hashlib.sha256(configs.encode()).hexdigest(),
+        "files": files,
+    }
 
 
 def history_of(base: BaseModel) -> tuple[Mapping[str, Any], ...]:

@@ -22,6 +22,8 @@ COMMANDS = {
     "convert": "adapterops.cli.convert",
     "extract": "adapterops.cli.extract",
     "bake": "adapterops.cli.bake",
+    "drift": "adapterops.cli.drift",
+    "verify": "adapterops.cli.drift",
     "unbake": "adapterops.cli.unbake",
     "diff": "adapterops.cli.diff",
     "inspect": "adapterops.cli.inspect",

@@ -16,8 +16,7 @@ import torch
 
 from adapterops.baking.delta import Band, Delta, bands
 from adapterops.baking.figures import Drift
-from adapterops.baking.kernel import TORCH, read_rows
-from adapterops.baking.kernel import _measured as measured
+from adapterops.baking.kernel import TORCH, measured, read_rows
 from adapterops.baking.targets import Target
 from adapterops.formats.model import Ref
 from adapterops.judging.ladder import FAITHFUL, formats, unexplained, unfaithful

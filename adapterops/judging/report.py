@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,11 @@ import numpy as np
 from adapterops.baking.report import Total, total_of
 from adapterops.casts import format_name
 from adapterops.certificate import plain
+from adapterops.judging.chain import ChainReport
+from adapterops.judging.forward import ForwardReport
+from adapterops.judging.intruders import Intruders
 from adapterops.judging.ladder import RUNGS
+from adapterops.judging.logits import LogitsReport
 from adapterops.judging.trend import BINS, detectable
 from adapterops.judging.untargeted import Copied, Finding, Matched
 from adapterops.judging.verdict import Cause, Implementation, Judged, Representation
@@ -91,6 +95,11 @@ class DriftReport:
     values: tuple[str, ...] = ()
     renamed: int = 0
     max_drift: float | None = None
+    forward: ForwardReport | None = None
+    logits: LogitsReport | None = None
+    intruders: Mapping[str, Intruders] | None = None
+    chain: ChainReport | None = None
+    mitigated: str | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -107,7 +116,13 @@ class DriftReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        return {"schema": self.schema, "exit_code": self.exit_code, **plain(self)}
+        found = plain(replace(self, forward=None, logits=None, intruders=None, chain=None))
+        for name in ("forward", "logits", "chain"):
+            part = getattr(self, name)
+            found[name] = None if part is None else part.to_dict()
+        if self.intruders is not None:
+            found["intruders"] = {n: each.to_dict() for n, each in self.intruders.items()}
+        return {"schema": self.schema, "exit_code": self.exit_code, **found}
 
 
 def report(
@@ -210,8 +225,8 @@ def _said(moving: Sequence[Judged], wrong: Sequence[Judged]) -> list[str]:
         groups[kind, same].append(t)
     lines = []
     for group in sorted(groups.values(), key=len, reverse=True):
-        first = group[0]
-        text = first.cause.text if first.cause else "no rounding explains it"
+        texts = Counter(t.cause.text if t.cause else "no rounding explains it" for t in group)
+        text = texts.most_common(1)[0][0]
         if len(group) == len(moving):
             lines.append(f"all {len(moving)} tensors: {text}")
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any
 
 from adapterops.baking.provenance import history_of
 from adapterops.baking.targets import Changes, Target, Values
@@ -27,7 +27,6 @@ from adapterops.rounding.precision import exact_arithmetic
 from adapterops.stream import Compute, Job, run
 
 Progress = Callable[[str, int, int], None]
-T = TypeVar("T")
 _TILES = 96 << 20  # bytes of temporaries that judging a tensor takes
 _BLOCK = 16 << 20
 _FAITHFUL = ("stochastic", "compensated")  # roundings to either neighbour
@@ -55,7 +54,7 @@ def judge_model(
     options = history[-1].get("options") if history else None
     faithful = isinstance(options, Mapping) and options.get("round") in _FAITHFUL
     names = [path for path, _ in adapters]
-    jobs = [
+    jobs: list[Job[Judged | Copied | Finding | None]] = [
         *(_job(name, _judged, _size(pair.target), pair, faithful, names)
           for name, pair in matched.targets.items()),
         *(_job(name, compare_copies, _BLOCK, name, *pair) for name, pair in matched.copies.items()),
@@ -90,7 +89,7 @@ def judge_model(
     return result, matched
 
 
-def _job(name: str, kernel: Callable[..., T], peak: int, *args: object) -> Job[T]:
+def _job(name: str, kernel: Callable[..., Any], peak: int, *args: object) -> Job[Any]:
     return Job(name, kernel, args, peak)
 
 

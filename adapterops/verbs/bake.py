@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from adapterops.adapter import Adapter
-from adapterops.baking.kernel import Round
 from adapterops.baking.model import bake_model
 from adapterops.baking.planning import Options
 from adapterops.baking.report import BakeReport
-from adapterops.basemodel import BaseModel, open_model
+from adapterops.basemodel import open_model
 from adapterops.casts import DTYPE_NAMES
 from adapterops.errors import UsageError
-from adapterops.extras import Policy
-from adapterops.formats.model import AdapterFile
-from adapterops.inputs import Input, open_for_base
-from adapterops.options import check_weights, compute
+from adapterops.inputs import Input
+from adapterops.options import compute
+from adapterops.verbs.options import as_limit, as_policy, as_round, as_seed, opened
 
 _Path = str | os.PathLike[str]
 
@@ -81,12 +77,12 @@ def bake(
             call goes on from there.
     """
     options = Options(
-        round=_round(round),
-        seed=_seed(seed),
+        round=as_round(round),
+        seed=as_seed(seed),
         dtype=_dtype(dtype),
         modules=modules,
-        extras=_policy(extras),
-        max_drift=_limit(max_drift),
+        extras=as_policy(extras),
+        max_drift=as_limit(max_drift),
         link=link,
         reversible=reversible,
         hash=hash,
@@ -100,62 +96,9 @@ def bake(
     return bake_model(model, files, factors, os.fspath(out), options, on, progress)
 
 
-def opened(
-    base: BaseModel,
-    adapters: Input | Iterable[Input],
-    weights: Sequence[float] | None,
-    residual: _Path | None,
-    alpha: float | Mapping[Any, float] | None,
-    allow_pickle: bool,
-) -> tuple[list[AdapterFile], list[float]]:
-    """Adapters, those relative to their base made summable with it, and a weight for each."""
-    base.check_not_quantised()
-    given = [adapters] if isinstance(adapters, str | os.PathLike | Adapter) else list(adapters)
-    if not given:
-        raise UsageError("at least one adapter is needed")
-    paths = [repr(item) if isinstance(item, Adapter) else os.fspath(item) for item in given]
-    chosen = [1.0] * len(given) if weights is None else weights
-    checked = check_weights(chosen, paths, normalize=False)
-    terms = open_for_base(given, base, residual, alpha=alpha, allow_pickle=allow_pickle)
-    pairs = [
-        (weight * inner, file)
-        for adapter, weight in zip(terms, checked, strict=True)
-        for inner, file in adapter.terms
-    ]
-    return [file for _, file in pairs], [weight for weight, _ in pairs]
-
-
-def _round(name: str) -> Round:
-    found: tuple[Round, ...] = get_args(Round)
-    for mode in found:
-        if mode == name:
-            return mode
-    raise UsageError(f"--round {name!r}: expected one of {', '.join(found)}")
-
-
-def _policy(name: str) -> Policy:
-    found: tuple[Policy, ...] = get_args(Policy)
-    for policy in found:
-        if policy == name:
-            return policy
-    raise UsageError(f"--extras {name!r}: expected one of {', '.join(found)}")
-
-
 def _dtype(name: str) -> str | None:
     if name == "keep":
         return None
     if name not in DTYPE_NAMES:
         raise UsageError(f"--dtype {name!r}: expected keep, {', '.join(DTYPE_NAMES)}")
     return DTYPE_NAMES[name]
-
-
-def _limit(value: float | None) -> float | None:
-    if value is not None and not (0 <= value < math.inf):
-        raise UsageError(f"--max-drift {value}: expected a number of at least 0")
-    return value
-
-
-def _seed(value: int) -> int:
-    if not 0 <= value < 2**63:
-        raise UsageError(f"--seed {value}: expected a whole number from 0 to 2⁶³ − 1")
-    return value
