@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,22 +24,22 @@ from safetensors.numpy import load_file, save_file
 import adapterops as ao
 from adapterops import casts
 from adapterops.baking import kernel, run, writing
+from adapterops.baking import model as baking_model
 from adapterops.basemodel import open_model
 from adapterops.errors import (
-    AdapterOpsError,
     BudgetError,
     ChangedError,
     FileError,
-    FormatError,
     IncompatibleError,
     NumericsError,
     OutputExistsError,
-    UnsafeFileError,
     UnsupportedError,
     UsageError,
 )
+from adapterops.files import resumable
 from adapterops.rounding.grid import neighbours
 from adapterops.verbs.bake import bake
+from adapterops.verbs.unbake import unbake
 from tests import bake_models, changes, checkpoints, ldm_checkpoints
 from tests import test_bake_names as names
 from tests import test_bake_values as values
@@ -217,7 +218,7 @@ class TestRounding:
         assert bake(base, one, out=tmp_path / "o").total.gain == 0
 
     def test_compensated_keeps_what_nearest_loses(self, tmp_path: Path) -> None:
-        """By rows where inputs run along columns, and in an embedding, where they run along rows."""
+        """In a matrix of (out, in), and in an embedding, where inputs run along rows."""
         rng = np.random.default_rng(1)
         tensors = {f"{UP}.weight": 0.02 * rng.standard_normal((96, 256))}
         tensors["model.embed_tokens.weight"] = 0.02 * rng.standard_normal((256, 96))
@@ -386,7 +387,8 @@ class TestSameBytes:
         self, mode: str, dtype: str, larger: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
     ) -> None:
         kept, shares = None, []
-        for number, (size, tile) in enumerate(((8 << 20, 1 << 18), (9_000, 3_000), (70_000, 5_000))):
+        cuts = ((8 << 20, 1 << 18), (9_000, 3_000), (70_000, 5_000))
+        for number, (size, tile) in enumerate(cuts):
             monkeypatch.setattr(writing, "make", partial(run.make, size=size))
             monkeypatch.setattr(kernel, "_TILE", tile)
             report = bake(*larger, out=tmp_path / f"o{number}", round=mode, dtype=dtype)
@@ -420,6 +422,16 @@ class TestSameBytes:
             path = write_peft(tmp_path / f"a{name}", each, alpha=5.6)
             bake(base, path, out=tmp_path / name, round=mode, seed=3)
         assert differing(stored(tmp_path / "one"), stored(tmp_path / "other")) == []
+
+    @pytest.mark.parametrize("power", [-600, 600])
+    def test_a_gauge_at_the_ends_of_float64(self, power: int, tmp_path: Path) -> None:
+        base, found = model(tmp_path / "m"), factors(1, 3e-3)
+        other = {
+            name: (np.ldexp(B, power, dtype="f8"), np.ldexp(A, -power, dtype="f8"))
+            for name, (B, A) in found.items()
+        }
+        bake(base, write_peft(tmp_path / "a", other), out=tmp_path / "o")
+        assert differing(stored(tmp_path / "o"), expected(base, dense(found))) == []
 
     def test_the_order_of_adapters(self, tmp_path: Path) -> None:
         base = model(tmp_path / "m")
@@ -501,7 +513,7 @@ class TestReport:
         item = report.tensors[f"{Q}.weight"]
         for name, value in wanted.items():
             size = {"bias": wanted["error"] * wanted["norm"] / W.size, "bias_z": 1.0}.get(name, 0)
-            assert getattr(item, name) == pytest.approx(value, rel=3e-5, abs=1e-3 * size), name
+            assert getattr(item, name) == pytest.approx(value, rel=3e-4, abs=1e-3 * size), name
         total = report.total
         assert total.elements == item.elements == W.size
         for name in ("norm", "gain", "subspace_error", "error", "swallowed", "changed", "bias_z"):
@@ -589,6 +601,37 @@ class TestReport:
         assert 1e-4 < report.total.error < 3e-3
         wanted = expected(base, dense(found, factor))
         assert differing(stored(tmp_path / "o"), wanted) == []
+
+    @pytest.mark.parametrize("mode", ROUNDS)
+    def test_counts_add_up(self, mode: str, tmp_path: Path) -> None:
+        base = model(tmp_path / "m", layout="shards")
+        report = bake(base, adapter(tmp_path / "a"), out=tmp_path / "o", round=mode)
+        items = report.tensors.values()
+        for name in ("single", "double", "exact", "plain"):
+            assert getattr(report.counts, name) == sum(getattr(i.counts, name) for i in items)
+        for item in items:
+            found = item.counts
+            assert found.single + found.double + found.exact + found.plain == item.elements
+            assert round((item.swallowed + item.changed) * item.elements) == item.elements
+
+    def test_adapters_that_read_everything(self, tmp_path: Path) -> None:
+        """Of a rank above that of the weight: all of the error is inside."""
+        base, sizes = model(tmp_path / "m"), {Q: (24, 24)}
+        one = write_peft(tmp_path / "a", pairs(1, sizes, 40))
+        report = bake(base, one, [0.01], out=tmp_path / "o")
+        assert report.total.subspace_error == report.total.error > 0
+        found = dense(pairs(1, sizes, 40), 0.01)
+        assert differing(stored(tmp_path / "o"), expected(base, found)) == []
+
+    @pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
+    def test_an_empty_tensor_with_an_adapter(self, shape: tuple[int, int], tmp_path: Path) -> None:
+        base = single(tmp_path / "m", np.zeros(shape))
+        rows, columns = shape
+        pair = np.ones((rows, 2), "f4"), np.ones((2, columns), "f4")
+        for mode in ROUNDS:
+            one = write_peft(tmp_path / f"a{mode}", {Q: pair})
+            report = bake(base, one, out=tmp_path / mode, round=mode)
+            assert report.total is None and stored(tmp_path / mode) == stored(base)
 
     def test_it_is_json_and_names_every_file(self, tmp_path: Path) -> None:
         base = model(tmp_path / "m", layout="shards")
@@ -804,6 +847,40 @@ class TestFiles:
         names = [item["name"] for item in sidecar["base_files"]]
         assert names == [f.name for f in files(base)] and set(names) < set(report.files)
 
+    def test_another_file_system(self, tmp_path: Path) -> None:
+        """tmpfs has no O_DIRECT, shares no blocks and links to no other disk."""
+        base, one = model(tmp_path / "m", layout="shards"), adapter(tmp_path / "a")
+        options: dict[str, Any] = {"link": True, "modules": Q}
+        bake(base, one, out=tmp_path / "o", **options)
+        if not Path("/dev/shm").is_dir():
+            return
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            bake(base, one, out=f"{folder}/o", **options)
+            assert bytes_of(Path(folder) / "o") == bytes_of(tmp_path / "o")
+            assert [path.name for path in Path(folder).iterdir()] == ["o"]
+
+    def test_names_of_every_kind(self, tmp_path: Path, monkeypatch: Any) -> None:
+        """Relative, with a slash at the end, a dot, and bytes that are no UTF-8."""
+        base = model(tmp_path / "m", layout="shards")
+        adapter(tmp_path / "a")
+        wanted = expected(base, dense(factors(1)))
+        monkeypatch.chdir(base)
+        bake(".", "../a/", out="../o/")
+        assert differing(stored(tmp_path / "o"), wanted) == []
+        monkeypatch.chdir(tmp_path)
+        odd = "mö del \udcff x"
+        base.rename(odd)
+        bake(odd, "a", out="\udcffö")
+        assert differing(stored(tmp_path / "\udcffö"), wanted) == []
+        assert len(bake("\udcffö", "a", out="p").history) == 1
+
+    def test_an_empty_folder_is_filled(self, tmp_path: Path) -> None:
+        base, one = model(tmp_path / "m"), adapter(tmp_path / "a")
+        (tmp_path / "o").mkdir(mode=0o700)
+        bake(base, one, out=tmp_path / "o")
+        assert differing(stored(tmp_path / "o"), expected(base, dense(factors(1)))) == []
+        assert (tmp_path / "o").stat().st_mode & 0o777 == 0o700
+
     def test_no_file_stays_open(self, tmp_path: Path) -> None:
         base, one = model(tmp_path / "m", layout="shards"), adapter(tmp_path / "a")
         bake(base, one, out=tmp_path / "o")
@@ -834,7 +911,8 @@ class TestHistory:
             report = bake(last, one, [0.5 + k], out=out)
             assert [item["inputs"][0]["name"] for item in report.history] == names
             assert [item["inputs"][0]["weight"] for item in report.history] == [0.5, 1.5, 2.5][:k]
-            sidecar = out / "adapterops.json" if out.is_dir() else tmp_path / f"o{k}.adapterops.json"
+            sidecar = out / "adapterops.json"
+            sidecar = sidecar if out.is_dir() else tmp_path / f"o{k}.adapterops.json"
             document = json.loads(sidecar.read_text())
             assert [item["inputs"][0]["name"] for item in document["history"]] == names
             names, last = [*names, f"adapter-{k}"], out
@@ -908,7 +986,7 @@ class TestInputsThatChange:
             bake(base, one, out=tmp_path / "o", progress=hook)
         assert caught.value.exit_code == 6 and victim.name in str(caught.value)
         assert isinstance(caught.value, ChangedError) or how is Path.unlink
-        kept = how is Path.unlink and which != "the adapter"  # it may be there again later
+        kept = how is Path.unlink  # it may be there again later
         nothing_but(tmp_path, *[".o.adapterops-partial"] * kept, "a", "m")
 
     def test_a_file_that_changes_while_it_is_written(
@@ -964,7 +1042,7 @@ class TestNumbers:
         found = factors(1)
         found[UP][0][5, 1] = value
         base, one = model(tmp_path / "m"), write_peft(tmp_path / "a", found)
-        with pytest.raises(NumericsError, match="1 of 160 values of .*lora_B") as caught:
+        with pytest.raises(NumericsError, match=r"1 of 160 values of .*lora_B") as caught:
             bake(base, one, out=tmp_path / "o", round=mode)
         assert caught.value.module == UP and "leave this adapter out" in str(caught.value)
         nothing_but(tmp_path, "a", "m")
@@ -1003,9 +1081,7 @@ class TestNumbers:
         nothing_but(tmp_path, "a", "m")
 
     @pytest.mark.parametrize("factor", [1e31, 1e-31, np.inf, np.nan])
-    def test_coefficients_that_cannot_be_computed_with(
-        self, factor: float, tmp_path: Path
-    ) -> None:
+    def test_coefficients_that_cannot_be_computed_with(self, factor: float, tmp_path: Path) -> None:
         base, one = model(tmp_path / "m"), adapter(tmp_path / "a")
         with pytest.raises(UsageError):
             bake(base, one, [factor], out=tmp_path / "o")
@@ -1039,7 +1115,8 @@ class TestKinds:
             other = tensor.values != wanted[name].values
             T = stored(base)[name].values + deltas[name.removesuffix(".weight")]
             step = ulp(T, tensor.dtype)
-            assert (np.abs(tensor.values - T) <= step * (1 if mode == "stochastic" else 0.5001)).all()
+            most = 1 if mode == "stochastic" else 0.5001
+            assert (np.abs(tensor.values - T) <= most * step).all()
             assert mode == "stochastic" or other.mean() < (0.01 if dtype == "F32" else 1e-3)
         assert report.counts.single == report.counts.exact == 0 and report.counts.plain
 
@@ -1084,7 +1161,8 @@ class TestKinds:
             wanted = stored(left)[f"{name}.weight"].values + delta
             assert np.abs(baked(tmp_path / "o", name) - wanted).max() < 2.0**-25 * 0.2
         sidecar = json.loads((tmp_path / "o" / "adapterops.json").read_text())
-        bake(base, one, out=tmp_path / "p", residual=bake_models.model(tmp_path / "s", weights(8), "F32"))
+        left = bake_models.model(tmp_path / "s", weights(seed=8), "F32")
+        bake(base, one, out=tmp_path / "p", residual=left)
         other = json.loads((tmp_path / "p" / "adapterops.json").read_text())
         assert sidecar["provenance"] != other["provenance"]
 
@@ -1096,10 +1174,12 @@ class TestKinds:
         config = {**CONFIG, **heads, "hidden_size": 24, "model_type": "phi3"}
         tensors = {f"{block}.qkv_proj.weight": W}
         base = bake_models.model(tmp_path / "m", tensors, config=config)
-        q, v = ({f"{block}.{n}_proj": pairs(k, {n: s}, 3)[n]} for k, (n, s) in enumerate((("q", (32, 24)), ("v", (16, 24)))))
+        q = pairs(0, {f"{block}.q_proj": (32, 24)}, 3)
+        v = pairs(1, {f"{block}.v_proj": (16, 24)}, 3)
         paths = [write_peft(tmp_path / "q", q), write_peft(tmp_path / "v", v)]
         total = np.zeros_like(W)
-        total[:32], total[48:] = 0.01 * dense(q)[f"{block}.q_proj"], 0.02 * dense(v)[f"{block}.v_proj"]
+        total[:32] = 0.01 * dense(q)[f"{block}.q_proj"]
+        total[48:] = 0.02 * dense(v)[f"{block}.v_proj"]
         wanted = expected(base, {f"{block}.qkv_proj": total})
         for mode in ROUNDS:
             report = bake(base, paths, [0.01, 0.02], out=tmp_path / mode, round=mode)
@@ -1128,7 +1208,8 @@ class TestKinds:
         else:
             name, shape = "model.embed_tokens", (200, 24)
             B, A = pairs(1, {name: shape[::-1]}, 4)[name]
-            rest = {f"base_model.model.{name}.lora_embedding_{k}": v for k, v in (("A", A), ("B", B))}
+            stem = f"base_model.model.{name}.lora_embedding_"
+            rest = {f"{stem}A": A, f"{stem}B": B}
             one = write_peft(tmp_path / "a", {Q: factors(1)[Q]}, extras=rest)
             config = {**CONFIG, "vocab_size": 200}
         tensors = {f"{name}.weight": 0.02 * rng.standard_normal(shape)}
@@ -1136,7 +1217,9 @@ class TestKinds:
             tensors |= {f"{Q}.weight": np.zeros((24, 24)), "lm_head.weight": np.zeros(shape)}
         base = bake_models.model(tmp_path / "m", tensors, config=config)
         delta = 0.01 * (B.astype(float) @ A).T
-        deltas = {name: delta, **({Q: 0.01 * dense({Q: factors(1)[Q]})[Q]} if layout == "embedding" else {})}
+        deltas = {name: delta}
+        if layout == "embedding":
+            deltas[Q] = 0.01 * dense(factors(1))[Q]
         report = bake(base, one, [0.01], out=tmp_path / "o")
         assert differing(stored(tmp_path / "o"), expected(base, deltas)) == []
         E = baked(tmp_path / "o", name) - baked(base, name) - delta
@@ -1148,7 +1231,8 @@ class TestKinds:
     def test_convolutions_and_biases(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(2)
         stem = "blocks.0.conv"
-        tensors = {f"{stem}.weight": 0.02 * rng.standard_normal((12, 6, 3, 3)), f"{stem}.bias": rng.standard_normal(12)}
+        tensors = {f"{stem}.weight": 0.02 * rng.standard_normal((12, 6, 3, 3))}
+        tensors[f"{stem}.bias"] = rng.standard_normal(12)
         base = bake_models.model(tmp_path / "m", tensors, "F16", "file", config=None)
         up, down = rng.standard_normal((12, 2, 1, 1)), 0.01 * rng.standard_normal((2, 6, 3, 3))
         kohya = {"lora_unet_blocks_0_conv": (up.astype("f4"), down.astype("f4"))}
@@ -1318,14 +1402,17 @@ class TestImageModels:
         bake_models.model(base / "unet", unet, "F16", "file", config)
         file = base / "unet" / "model.safetensors"
         file.rename(file.with_name("diffusion_pytorch_model.safetensors"))
-        bake_models.model(base / "text_encoder", encoder, "BF16", "shards", {"model_type": "clip_text_model"}, shards=2)
+        config = {"model_type": "clip_text_model"}
+        bake_models.model(base / "text_encoder", encoder, "BF16", "shards", config, shards=2)
         bake_models.model(base / "vae", vae, "F32", "file", {"_class_name": "AutoencoderKL"})
         (base / "scheduler").mkdir()
         (base / "scheduler" / "scheduler_config.json").write_text("{}")
         (base / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-        found = pairs(1, {f"unet.{block}.to_q": (16, 16), f"text_encoder.{text}.q_proj": (8, 8)}, 2)
+        sizes = {f"unet.{block}.to_q": (16, 16), f"text_encoder.{text}.q_proj": (8, 8)}
+        found = pairs(1, sizes, 2)
         (tmp_path / "a").mkdir()
-        tensors = {f"{n}.lora_{k}.weight": v for n, p in found.items() for k, v in zip("BA", p, strict=True)}
+        tensors = {f"{name}.lora_B.weight": B for name, (B, _) in found.items()}
+        tensors |= {f"{name}.lora_A.weight": A for name, (_, A) in found.items()}
         save_file(tensors, tmp_path / "a" / "pytorch_lora_weights.safetensors")
         report = bake(base, tmp_path / "a", [0.5], out=out)
         assert differing(stored(out), expected(base, dense(found, 0.5))) == []
@@ -1336,14 +1423,10 @@ class TestImageModels:
         here = bytes_below(out)
         del here["adapterops.json"]
         assert here.keys() == bytes_below(base).keys() == {*report.files} - {"adapterops.json"}
-        for name in ("model_index.json", "scheduler/scheduler_config.json", "vae/model.safetensors"):
+        for name in ("model_index.json", "vae/config.json", "vae/model.safetensors"):
             assert here[name] == bytes_below(base)[name]
         last = bake(out, tmp_path / "a", [-0.5], out=tmp_path / "p")
         assert len(last.history) == 1
-
-
-class Stop(BaseException):
-    """What a killed process would not come to: nothing is caught, nothing tidied up."""
 
 
 class TestGoingOn:
@@ -1364,8 +1447,6 @@ class TestGoingOn:
                 raise error
             count[0] += 1
             return real(*args, **options)
-
-        from adapterops.baking import model as baking_model
 
         monkeypatch.setattr(baking_model, "write_shard", stopping)
 
@@ -1455,6 +1536,20 @@ class TestGoingOn:
         bake(base, one, out=tmp_path / "p", residual=tmp_path / "s")
         assert differing(stored(tmp_path / "o"), stored(tmp_path / "p")) == []
 
+    def test_a_reversible_run_goes_on_and_is_undone(
+        self, given: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+            self.interrupt(patch, 2, KeyboardInterrupt)
+            bake(*given, out=tmp_path / "o", reversible=True)
+        assert "2 of 4 files of weights are kept" in str(caught.value)
+        report = bake(*given, out=tmp_path / "o", reversible=True)
+        assert report.resumed == 2 and set(report.undo) < set(report.files)
+        bake(*given, out=tmp_path / "p", reversible=True)
+        assert bytes_of(tmp_path / "o", "o", "p") == bytes_of(tmp_path / "p")
+        unbake(tmp_path / "o", out=tmp_path / "again")
+        assert bytes_below(tmp_path / "again") == bytes_below(given[0])
+
     def test_what_does_not_decide_bytes_does_not_matter(
         self, given: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
     ) -> None:
@@ -1519,12 +1614,10 @@ class TestGoingOn:
         assert report.resumed == (kind == "shards")
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
-    @pytest.mark.parametrize("at", ["config.json", "adapterops.json", "model.safetensors.index.json"])
+    @pytest.mark.parametrize("at", ["config.json", "adapterops.json", checkpoints.INDEX])
     def test_a_disk_that_fills_up_at_the_end(
         self, at: str, given: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
     ) -> None:
-        from adapterops.files import resumable
-
         real = resumable.write_file
 
         def filling(path: Path, chunks: Any) -> None:
@@ -1541,7 +1634,9 @@ class TestGoingOn:
         bake(*given, out=tmp_path / "p", dtype="float16")
         assert bytes_of(tmp_path / "o", "o", "p") == bytes_of(tmp_path / "p")
 
-    def test_an_output_that_appears_meanwhile(self, given: tuple[Path, Path], tmp_path: Path) -> None:
+    def test_an_output_that_appears_meanwhile(
+        self, given: tuple[Path, Path], tmp_path: Path
+    ) -> None:
         def hook(*_: Any) -> None:
             (tmp_path / "o").mkdir(exist_ok=True)
             (tmp_path / "o" / "mine").write_text("x")

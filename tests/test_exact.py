@@ -124,6 +124,19 @@ def test_an_exact_zero_has_the_sign_of_the_weight():
         assert not result.any()
 
 
+@pytest.mark.parametrize("rank", [0, 1, 4])
+@pytest.mark.parametrize("dtype", ALL)
+def test_unchanged_zeros_keep_their_signs_in_any_block(dtype, rank):
+    """Float32 settles the block of 64 rows but for two zeros, and leaves all of the single ones."""
+    W = some((64, 64), dtype, 2)
+    W[3], W[9, 5] = -0.0, -0.0
+    B, A = factors(64, 64, rank, 3, 1e-3)
+    B[3] = B[9] = 0
+    for step in (1, 64):
+        result, _ = outcome(W, [(1.0, B, A)], step=step)
+        assert torch.equal(codes(result[[3, 9]]), codes(W[[3, 9]]))
+
+
 @pytest.mark.parametrize("dtype", ALL)
 def test_bytes_do_not_depend_on_blocks_or_gauge(dtype):
     W = some((130, 65), dtype, 2)
@@ -213,3 +226,20 @@ def test_precision_switches_are_set_and_restored():
         assert torch.get_num_threads() == threads
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_denormals_are_kept_inside_and_flushed_again_outside():
+    def halved() -> float:
+        return float(torch.tensor([2.0**-126]) / 2)
+
+    torch.set_flush_denormal(True)
+    try:
+        with exact_arithmetic():
+            inside = halved()
+        outside = halved()
+    finally:
+        torch.set_flush_denormal(False)
+    assert (inside, outside) == (2.0**-127, 0.0)
+    with exact_arithmetic():
+        pass
+    assert halved() == 2.0**-127

@@ -695,6 +695,21 @@ def test_values_are_the_adapters_rounded_once(tmp_path):
     assert found.implementation == "failed" and "512 of 32768" in found.summary[0]
 
 
+def test_averaged_values_are_rounded_once(tmp_path):
+    """Their mean is above the middle between two values, and in float32 the middle itself."""
+    base, after, one = models(tmp_path)
+    name = "lm_head.weight"
+    middle = np.full((64, 512), 1 + 2.0**-8)
+    refs = tuple(
+        merges.ref(torch.from_numpy(values).float(), name) for values in (middle, middle + 2.0**-23)
+    )
+    extra = Extra(name, "F32", (64, 512), refs, (1.0, 1.0))
+    values = {name: Values(name, "BF16", (64, 512), extra)}
+    made = replace(changes(open_model(base), one), values=values)
+    after[name] = np.full((64, 512), 1 + 2.0**-7)
+    assert judged(base, save(tmp_path, after), one, made).implementation == "ok"
+
+
 def test_token_rows_leave_the_others(tmp_path):
     base, after, one = models(tmp_path)
     model = open_model(base)

@@ -73,6 +73,8 @@ def bake_rows(
     target = delta.target
     before = read_rows(target.ref, target.matrix, start, stop)
     after = torch.empty(before.shape, dtype=TORCH[rounding.dtype])
+    if not before.numel():
+        return before, after, Found(Drift(), Counts())
     step = max(1, _TILE // max(1, target.matrix[1]))
     if rounding.mode == "compensated":  # goes column by column: few rows are slow
         step = stop - start

@@ -6,13 +6,18 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import torch
+
 from adapterops.baking.delta import Delta, bands
 from adapterops.baking.figures import Drift
-from adapterops.baking.kernel import Rounding, bake_rows
+from adapterops.baking.kernel import TORCH, Rounding, bake_rows, measured, read_rows
 from adapterops.baking.targets import Target
+from adapterops.rounding.compensated import round_compensated
 from adapterops.stream import Compute, Job, run
 
 _SHARE = 0.01  # of the rows
+_BLOCK = 1 << 20  # elements read at once
+_PEAK = 32 << 20  # bytes of temporaries
 _RUNS, _LEAST = 4, 8  # runs of neighbouring rows they are in, rows at least
 MARGIN = 1.25  # a prediction beyond a limit by this factor is sure enough to stop
 
@@ -34,30 +39,69 @@ def _jobs(
 ) -> Iterator[Job[Drift]]:
     for target in targets:
         how = replace(rounding, dtype=dtype or target.ref.dtype)
-        peak = 24 * sum(target.matrix) * sum(term.site.rank for term in target.terms) + (16 << 20)
+        peak = 24 * sum(target.matrix) * sum(term.site.rank for term in target.terms) + _PEAK
         yield Job(target.name, _sampled, (target, how, on.device), peak)
 
 
 def _sampled(target: Target, rounding: Rounding, device: str) -> Drift:
     total = Drift()
-    along = target.inputs == "rows"
-    if along and rounding.mode == "compensated":  # it needs all rows; the others do not tell
-        rounding = replace(rounding, mode="nearest")
     for band in bands(target):
         if not band.is_changed:
             continue
         delta = Delta(target, band, device=device)
-        found, rows = Drift(), 0
-        for start, stop in sample(band.start, band.stop):
-            found += bake_rows(delta, start, stop, rounding)[2].drift
-            rows += stop - start
-        basis = delta.basis()
-        if along and basis is not None:
-            found = replace(found, inside=_inside(found, basis.shape[1] / basis.shape[0]))
-        found = found.scaled((band.stop - band.start) / rows)
+        by_columns = target.inputs == "columns" or delta.basis() is None
+        if rounding.mode == "compensated" and not by_columns:
+            found = _columns(delta, rounding)
+        else:
+            found = _rows(delta, rounding)
         if found.delta > delta.noise:
             total += found
     return total
+
+
+def _rows(delta: Delta, rounding: Rounding) -> Drift:
+    """The figures of a band, from a sample of its rows."""
+    band, basis = delta.band, delta.basis()
+    found, rows = Drift(), 0
+    for start, stop in sample(band.start, band.stop):
+        found += bake_rows(delta, start, stop, rounding)[2].drift
+        rows += stop - start
+    if delta.target.inputs == "rows" and basis is not None:
+        found = replace(found, inside=_inside(found, basis.shape[1] / basis.shape[0]))
+    return found.scaled((band.stop - band.start) / rows)
+
+
+def _columns(delta: Delta, rounding: Rounding) -> Drift:
+    """The figures of a band that is rounded with feedback down its rows, which must all be there.
+
+    A sample of columns then tells, and the band is read as a whole. Nothing of one that holds NaN
+    or infinities: baking it says so.
+    """
+    target, band, basis = delta.target, delta.band, delta.basis()
+    assert basis is not None
+    width = target.matrix[1]
+    chosen = torch.cat([torch.arange(*columns) for columns in sample(0, width)])
+    step = max(1, _BLOCK // max(1, width))
+    blocks = [(start, min(start + step, band.stop)) for start in range(band.start, band.stop, step)]
+    W = torch.cat([read_rows(target.ref, target.matrix, *block)[:, chosen] for block in blocks])
+    if not bool(torch.isfinite(W).all()):
+        return Drift()
+    D = torch.cat([delta.double(*block)[:, chosen] for block in blocks])
+    rounded, clipped = round_compensated(
+        (W.double() + D).T, basis.cpu(), TORCH[rounding.dtype], module=target.name
+    )
+    drift, along = measured(W, rounded.T.contiguous(), D, delta, band.start, band.stop)
+    inside = 0.0 if along is None else float((along * along).sum())
+    share = len(chosen) / width
+    elements = round(share * drift.elements)  # those of all columns
+    found = replace(
+        drift,
+        inside=inside,
+        elements=elements,
+        swallowed=max(0, elements - drift.changed),
+        clipped=clipped,
+    )
+    return found.scaled(1 / share)
 
 
 def _inside(drift: Drift, share: float) -> float:

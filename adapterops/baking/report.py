@@ -15,7 +15,7 @@ from adapterops.certificate import plain
 from adapterops.rounding.exact import Counts
 
 # The share of the change that its own inputs may lose before a warning, by type (bake.md, §2).
-_NOTABLE = {"F16": 0.02, "BF16": 0.05}
+NOTABLE = {"F16": 0.02, "BF16": 0.05}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +145,10 @@ def total_of(drifts: list[Drift]) -> Total | None:
 
 def representation_warnings(total: Total | None, dtypes: set[str], rounding: str) -> list[str]:
     """What the type loses of the change, and what to do about it, where that is worth a word."""
-    limit = min((_NOTABLE[dtype] for dtype in dtypes if dtype in _NOTABLE), default=math.inf)
+    limit = min((NOTABLE[dtype] for dtype in dtypes if dtype in NOTABLE), default=math.inf)
     if total is None or total.subspace_error is None or not total.subspace_error > limit:
         return []
-    names = " and ".join(sorted(format_name(dtype) for dtype in dtypes if dtype in _NOTABLE))
+    names = " and ".join(sorted(format_name(dtype) for dtype in dtypes if dtype in NOTABLE))
     way = "" if rounding == "compensated" else "--round compensated keeps nearly all of it, "
     return [
         f"{names} loses {100 * total.subspace_error:.2g} % of the change where the adapters act "

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from adapterops.baking.delta import Delta, bands
@@ -25,6 +24,7 @@ from adapterops.baking.targets import Target
 from adapterops.certificate import plain
 from adapterops.formats.model import Ref
 from adapterops.judging.intruders import Weight, intruders_in
+from adapterops.judging.measure import as_outputs
 
 _BLOCK = 1 << 20  # elements of a block of rows
 
@@ -147,7 +147,7 @@ def _of_tensor(
     total = replace(first, terms=(), dense=())
     sequence, once = _Held(first.ref), _Held(first.ref)
     counted = intruders and len(first.ref.shape) in (2, 4, 5) and min(first.matrix) > 1
-    weight = Weight(_outputs(first, first.ref)) if counted else None
+    weight = Weight(as_outputs(first, first.ref)) if counted else None
     found = (_Found(), _Found())
     if weight is not None:
         found = (_Found(intruders=0), _Found(intruders=0))
@@ -184,7 +184,7 @@ def _judged(total: Target, held: _Held, weight: Weight | None) -> _Found:
             drift += _of_band(Delta(total, band), held.ref)
     if weight is None:
         return _Found(drift)
-    return _Found(drift, len(intruders_in(weight, _outputs(total, held.ref)).dims))
+    return _Found(drift, len(intruders_in(weight, as_outputs(total, held.ref)).dims))
 
 
 def _of_band(delta: Delta, after: Ref) -> Drift:
@@ -209,13 +209,6 @@ def _of_band(delta: Delta, after: Ref) -> Drift:
     if drift.delta <= delta.noise:  # the changes cancel
         return Drift(error=drift.error)
     return drift
-
-
-def _outputs(target: Target, ref: Ref) -> np.ndarray[Any, Any]:
-    """The whole weight as (out, in) in float64."""
-    stored = read_rows(ref, target.matrix, 0, target.matrix[0]).double().numpy()
-    result: np.ndarray[Any, Any] = stored if target.inputs == "columns" else stored.T
-    return result
 
 
 def _blocks(target: Target, start: int, stop: int, whole: bool = False) -> list[tuple[int, int]]:

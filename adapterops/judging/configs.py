@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from adapterops.baking.entries import merged
 from adapterops.baking.targets import Changes
 from adapterops.basemodel.config import is_tied
 from adapterops.basemodel.model import BaseModel, same_bytes
@@ -49,7 +50,7 @@ def compare_configs(base: BaseModel, baked: BaseModel, changes: Changes) -> list
             if before and after is not None:
                 found.append(Finding(name, "config", "is missing beside the weights", fails=False))
             continue
-        wanted = {**before, **changes.config.get(part, {})}
+        wanted = merged(before, changes.config.get(part, {}))
         found += _differences(name, wanted, after)
     if baked.config:
         found += [*_vocabulary(base, baked), *_tie(baked)]

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from adapterops.baking.kernel import read_rows
 from adapterops.baking.targets import Target, Term
 from adapterops.basemodel import BaseModel
 from adapterops.errors import UnsupportedError, UsageError
 from adapterops.files.source import MemoryFile
 from adapterops.formats.model import AdapterFile, Ref, Site
 from adapterops.judging.intruders import Intruders, Weight, intruders, intruders_in, mitigated
-from adapterops.judging.measure import Pair
+from adapterops.judging.measure import Pair, as_outputs
 from adapterops.stream import Compute, Job, run
 
 Progress = Callable[[str, int, int], None]
@@ -53,13 +52,7 @@ def is_matrix(base: BaseModel, target: Target) -> bool:
 
 def _of_pair(pair: Pair) -> Intruders:
     target = pair.target
-    return intruders_in(_weight(target, target.ref), _weight(target, pair.after))
-
-
-def _weight(target: Target, ref: Ref) -> Matrix:
-    """A stored matrix as (out, in) in float64."""
-    W: Matrix = read_rows(ref, target.matrix, 0, target.matrix[0]).double().numpy()
-    return W.T if target.inputs == "rows" else W
+    return intruders_in(as_outputs(target, target.ref), as_outputs(target, pair.after))
 
 
 def mitigated_file(
@@ -82,7 +75,7 @@ def mitigated_file(
         term = _only_term(target, file)
         B, A = term.factors()
         scaled = term.coefficient * B
-        found = intruders(Weight(_weight(target, target.ref)), scaled, A)
+        found = intruders(Weight(as_outputs(target, target.ref)), scaled, A)
         count += len(found.dims)
         if found.dims:
             sites[term.site.stem] = _site(term.site, *mitigated(scaled, A, found, strength), weight)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from adapterops.casts import format_name
 from adapterops.judging import alterations as altered
 from adapterops.judging.evidence import Evidence, gather
 from adapterops.judging.ladder import FAITHFUL
@@ -42,7 +43,7 @@ def diagnose(pair: Pair, found: Judged, names: Sequence[str] = ()) -> Cause:
         return Cause("few", f"{what}, the others are right", certain=True)
     evidence = gather(pair)
     if evidence.saturated or found.overflow:
-        what = f"{found.overflow} values of base + change are beyond {_type(found.grid)}"
+        what = f"{found.overflow} values of base + change are beyond {format_name(found.grid)}"
         kept = f"; {evidence.saturated} were clipped to its largest" if evidence.saturated else ""
         return Cause("overflow", what + kept, certain=True)
     if not evidence.moved[0].sum():
@@ -51,12 +52,6 @@ def diagnose(pair: Pair, found: Judged, names: Sequence[str] = ()) -> Cause:
         if cause is not None:
             return cause
     return _leftover(found, evidence)
-
-
-def _type(name: str) -> str:
-    from adapterops.casts import format_name
-
-    return format_name(name)
 
 
 def _not_applied(found: Judged, evidence: Evidence) -> Cause:

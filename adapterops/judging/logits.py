@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from adapterops.baking.entries import merged
 from adapterops.baking.kernel import TORCH
 from adapterops.baking.targets import Changes
 from adapterops.basemodel import BaseModel
@@ -95,7 +96,7 @@ def compare_logits(
     loader = models.Loader()
     base.check_not_quantised()
     baked.check_not_quantised()
-    config = models.patched(models.config_in(folder), changes.config.get("", {}))
+    config = merged(models.config_in(folder), changes.config.get("", {}))
     theirs = baked.config or config
     kind = models.main_type(base)
     notes: list[str] = []

@@ -277,6 +277,12 @@ def _mended(
     )
 
 
+def as_outputs(target: Target, ref: Ref) -> Array:
+    """A whole stored matrix of a target's shape as (out, in), in float64."""
+    W: Array = read_rows(ref, target.matrix, 0, target.matrix[0]).double().numpy()
+    return W.T if target.inputs == "rows" else W
+
+
 def is_judged(ref: Ref) -> bool:
     """Whether a tensor is of a type that merges are judged in: 16- or 32-bit floating point."""
     return ref.dtype in TORCH and ref.dtype != "F64"

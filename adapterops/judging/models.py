@@ -219,15 +219,6 @@ def config_in(folder: Path) -> Mapping[str, Any]:
     return read_config(read_text(os.fspath(file)), os.fspath(file))
 
 
-def patched(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the entries of `changes`, nested as they are there."""
-    result = dict(config)
-    for key, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = patched(result[key], value) if nested else value
-    return result
-
-
 def main_type(base: BaseModel) -> str:
     """The type that most of the base's numbers have."""
     sizes: Counter[str] = Counter()

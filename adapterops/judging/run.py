@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from adapterops.baking.provenance import history_of
-from adapterops.baking.targets import Changes, Target, Values
+from adapterops.baking.targets import Changes, Target
 from adapterops.basemodel import BaseModel
-from adapterops.formats.model import Ref
 from adapterops.judging.configs import compare_configs
 from adapterops.judging.diagnosis import diagnose
 from adapterops.judging.measure import Pair
@@ -58,7 +58,7 @@ def judge_model(
         *(_job(name, _judged, _size(pair.target), pair, faithful, names)
           for name, pair in matched.targets.items()),
         *(_job(name, compare_copies, _BLOCK, name, *pair) for name, pair in matched.copies.items()),
-        *(_job(name, _valued, 24 * _numbers(values), name, values, ref)
+        *(_job(name, compare_values, 24 * math.prod(values.shape), name, values, ref)
           for name, (values, ref) in matched.values.items()),
     ]  # fmt: skip
     judged: list[Judged] = []
@@ -97,24 +97,8 @@ def _size(target: Target) -> int:
     return _TILES + 24 * sum(target.matrix) * sum(term.site.rank for term in target.terms)
 
 
-def _numbers(values: Values) -> int:
-    count = 1
-    for extent in values.shape:
-        count *= extent
-    return count
-
-
 def _judged(pair: Pair, faithful: bool, names: Sequence[str]) -> Judged:
     found = judge(pair, faithful)
     if found.implementation != "failed":
         return found
     return replace(found, cause=diagnose(pair, found, names))
-
-
-def _valued(name: str, values: Values, ref: Ref) -> Finding | None:
-    return compare_values(name, values, ref)
-
-
-def refs(matched: Matched) -> Iterator[tuple[str, Ref]]:
-    """The merged values of every tensor that the adapters change, by its name in the base."""
-    return ((name, pair.after) for name, pair in matched.targets.items())

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from adapterops.baking.kernel import TORCH, read_rows
@@ -220,12 +221,14 @@ def compare_values(name: str, values: Values, after: Ref) -> Finding | None:
 
 
 def _given(values: Values, n: int) -> Any:
-    """Rows of what the adapter holds, in float64."""
+    """Rows of what the adapters hold, in float64: of several the mean, rounded to no type yet."""
     extra = values.extra
     first = extra.refs[0]
     rows = first.shape[0] if first.shape else 1
-    if len(extra.refs) == 1 and first.is_plain:
+    if len(extra.refs) == 1 and first.is_plain and first.dtype in TORCH:
         return lambda start, stop: read_rows(first, (rows, n), start, stop).double()
-    raw = torch.frombuffer(bytearray(extra.read()), dtype=torch.uint8)
-    table = raw.view(TORCH[extra.dtype]).view(rows, n).double()
+    total = math.fsum(extra.weights)
+    parts = zip(extra.weights, extra.refs, strict=True)
+    mean = sum((weight / total) * ref.read() for weight, ref in parts)
+    table = torch.from_numpy(np.asarray(mean)).view(rows, n)
     return lambda start, stop: table[start:stop]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from adapterops.baking.figures import Drift
+from adapterops.baking.report import NOTABLE
 from adapterops.judging.ladder import FAITHFUL, RUNGS, TOLERATED, coarseness, holds
 from adapterops.judging.measure import (
     Alter,
@@ -32,7 +33,7 @@ Representation = Literal["ok", "lossy"]
 
 # From here on the share of the change that its own inputs see as error is worth a warning: twice
 # what a bf16, fp16 or float32 merge of an ordinary adapter (norm above 0.5 % of W's) loses.
-LOSSY = {"BF16": 0.05, "F16": 0.02, "F32": 1e-5}
+LOSSY = {**NOTABLE, "F32": 1e-5}
 
 
 @dataclass(frozen=True, slots=True)

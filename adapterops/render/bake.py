@@ -45,7 +45,7 @@ def _print_totals(console: Any, report: BakeReport) -> None:
     table = grid("", "gain", "error inside", "error", "unmoved", "‖ΔW‖")
     for name, total in (("written", report.total), ("predicted", report.predicted)):
         if total is not None and (name == "written" or not report.total):
-            table.add_row(name, *_total(total))
+            table.add_row(name, *_figures(total))
     console.print(table)
     counts = report.counts
     if report.rounding == "exact" and (counts.double or counts.exact):
@@ -55,27 +55,20 @@ def _print_totals(console: Any, report: BakeReport) -> None:
         )
 
 
-def _total(total: Total) -> list[str]:
+def _figures(found: Total | TensorDrift) -> list[str]:
     return [
-        figure(total.gain, 4),
-        percent(total.subspace_error),
-        percent(total.error),
-        percent(total.swallowed),
-        figure(total.norm, 4),
+        figure(found.gain, 4),
+        percent(found.subspace_error),
+        percent(found.error),
+        percent(found.swallowed),
+        figure(found.norm, 4),
     ]
 
 
 def _tensors(tensors: Mapping[str, TensorDrift], title: str) -> Any:
     table = grid(title, "gain", "error inside", "error", "unmoved", "‖ΔW‖")
     for name, item in tensors.items():
-        table.add_row(
-            safe(name),
-            figure(item.gain, 4),
-            percent(item.subspace_error),
-            percent(item.error),
-            percent(item.swallowed),
-            figure(item.norm, 4),
-        )
+        table.add_row(safe(name), *_figures(item))
     return table
 
 

@@ -135,8 +135,12 @@ def _settle(W: torch.Tensor, change: Change, start: int, rounded: torch.Tensor, 
     reach = np.abs(T) * _DOUBLE_SLACK + u[rows] * v[columns]
     low = narrowed(torch.from_numpy(T - reach), rounded.dtype)
     high = narrowed(torch.from_numpy(T + reach), rounded.dtype)
-    _put(rounded, flat, high)
     rest = flat[different(low, high)]
+    zero = T == 0  # where that is in doubt it is among the rest
+    high[torch.from_numpy(zero)] = narrowed(
+        torch.from_numpy(np.copysign(0.0, base[zero])), rounded.dtype
+    )
+    _put(rounded, flat, high)
     if len(rest):
         _put(rounded, rest, _exactly(W, change, start, rest, rounded.dtype))
     return len(rest)
@@ -198,7 +202,7 @@ def _adds_exactly(terms: Array) -> Array:
     step = (lowest + exponent - 53).min(axis=1)
     size = np.abs(terms).sum(axis=1)
     with np.errstate(divide="ignore"):
-        return np.asarray((step == np.inf) | (np.log2(size) * (1 + 2.0**-40) < step + 52.5))
+        return np.asarray((step == np.inf) | (np.log2(size) < step + 52.5))
 
 
 def _product(x: Array, y: Array) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 torch's precision switches belong to the process: TF32 and bfloat16 in float32 products would make
 every bound here wrong, and users turn them on. One lock guards them; blocks that overlap share it.
+Flushing of denormals belongs to a thread, and threads inherit it from the one that starts them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ class _Guard:
                 if not _places():
                     torch.set_float32_matmul_precision("highest")
                 torch.set_num_threads(1)
-                torch.set_flush_denormal(False)
             self._blocks += 1
 
     def exit(self) -> None:
@@ -66,10 +66,19 @@ _GUARD = _Guard()
 def exact_arithmetic() -> Iterator[None]:
     """IEEE float32 products, gradual underflow and one torch thread; restored afterwards.
 
-    Parallelism is over row blocks: a pool whose workers have a thread each.
+    Parallelism is over row blocks: a pool whose workers, started inside, have a thread each.
     """
+    flushes = _flushes()
+    torch.set_flush_denormal(False)
     _GUARD.enter()
     try:
         yield
     finally:
         _GUARD.exit()
+        torch.set_flush_denormal(flushes)
+
+
+def _flushes() -> bool:
+    """Whether this thread turns denormal results into zeros; torch has a switch and no question."""
+    least = torch.tensor([2.0**-126])
+    return not bool((least / 2).any())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import msgspec
@@ -94,6 +94,11 @@ def read_record(path: str | Path) -> Record:
             path=path,
             hint="name the folder that `adapterops bake --reversible` wrote",
         ) from None
+    names = [each.name for each in listing.files]
+    folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+    twice = [name for name in names if names.count(name) > 1 or name in folders]
+    if twice:
+        raise FormatError(f"names {twice[0][:80]!r} twice: it is damaged", path=path)
     for each in listing.files:
         steps = each.name.split("/")
         if "\\" in each.name or "\0" in each.name or {"", ".", ".."} & set(steps):

@@ -88,7 +88,8 @@ def restored(undo: Undo, baked: Mapping[str, Ref], on: Compute) -> Generator[byt
             f"what was restored is not the file that was baked: sha256 {digest.hexdigest()} of "
             f"{size} bytes, not {undo.source.sha256} of {undo.source.size}",
             path=undo.file.path,
-            hint=f"is {undo.baked.name} as it was baked, sha256 {undo.baked.sha256}?",
+            hint=f"the undo file is damaged, or {undo.baked.name} is not as it was baked, sha256 "
+            f"{undo.baked.sha256}; restore from other copies, or fetch the base again",
         )
 
 

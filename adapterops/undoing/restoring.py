@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapterops.certificate import plain
-from adapterops.errors import FormatError, IncompatibleError, OutputExistsError
+from adapterops.errors import FormatError, IncompatibleError, Interrupted, OutputExistsError
+from adapterops.files import checkpoint
 from adapterops.files.clone import duplicate
 from adapterops.files.direct import SequentialWriter
 from adapterops.files.output import check_room, stage, write_file
@@ -62,7 +63,8 @@ def restore_file(
     damaged undo file, NumericsError where what comes out is not the base: nothing is written then.
     """
     undo = _undo_of(baked)
-    _check_outside(out, Path(baked))
+    for given in (baked, undo.file.path):
+        _check_outside(out, Path(given))
     _check_baked(Path(baked), undo)
     check_room(Path(out), undo.source.size)
     with stage(out, directory=False, overwrite=overwrite) as staging:
@@ -146,6 +148,10 @@ def _restore_one(
 def _undo_of(baked: str) -> Undo:
     if not os.path.isfile(baked):
         LocalFile(baked)  # says why
+    if checkpoint.is_index(Path(baked)):
+        raise FormatError(
+            "is the index of a model's folder", path=baked, hint="name the folder to unbake it"
+        )
     if not os.path.isfile(baked + SUFFIX):
         raise FormatError(
             f"has no {os.path.basename(baked)}{SUFFIX} beside it: it was not baked with "

@@ -39,7 +39,7 @@ def saved(shard: Shard) -> list[Saved]:
         if name not in source or not source[name].nbytes:
             continue
         old, new = source[name], shard.entries[name]
-        if isinstance(piece, Target):
+        if isinstance(piece, Target) and old.shape == new.shape:
             way = how(piece, old.dtype, new.dtype)
             found.append(Saved(name, way, piece if way == "rounding" else None))
         else:

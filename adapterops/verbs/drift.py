@@ -83,6 +83,8 @@ def drift(
     """
     if baked is None and not chain and mitigate is None:
         raise UsageError("a merged model is needed, unless a chain is simulated")
+    if baked is None and (activations is not None or logits is not None or max_drift is not None):
+        raise UsageError("--activations, --logits and --max-drift judge a merged model: name one")
     on = compute(device, memory, jobs)
     limit, mode, seeded = as_limit(max_drift), as_round(round), as_seed(seed)
     model = open_model(base)
