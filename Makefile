@@ -39,6 +39,9 @@ bench: $(VENV)/dev  ## the README's figures, beside the peers
 	$(PY) benchmarks/extract.py
 	$(PY) benchmarks/allocation.py
 	$(PY) benchmarks/task_loss.py
+	$(PY) benchmarks/bake.py
+	$(PY) benchmarks/compensated.py
+	$(PY) benchmarks/bake_quality.py
 
 $(VENV)/core: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

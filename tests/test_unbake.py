@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,21 +91,22 @@ def there_and_back(base: Path, adapters: Any, tmp_path: Path, **options: Any) ->
 
 
 class TestBackAgain:
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+    @pytest.mark.parametrize(
+        ("layout", "dtype"), [*zip(LAYOUTS, ["F16", "BF16", "F32", "F16", "BF16"], strict=True)]
+    )
     def test_every_layout(self, layout: str, dtype: str, tmp_path: Path) -> None:
         base, one = given(tmp_path, layout, dtype)
         there_and_back(base, one, tmp_path)
 
     @pytest.mark.parametrize("mode", ROUNDS)
-    @pytest.mark.parametrize("size", [1e-4, 0.5])
+    @pytest.mark.parametrize("size", [1e-4, 0.5], ids=["small", "large"])
     def test_every_rounding(self, mode: str, size: float, tmp_path: Path) -> None:
         base, _ = given(tmp_path)
         one = write_peft(tmp_path / "b", factors(3, size))
         there_and_back(base, one, tmp_path, round=mode, seed=4)
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-    @pytest.mark.parametrize("own", ["F16", "BF16", "F32", "F64"])
+    @pytest.mark.parametrize("own", ["F16", "BF16", "F32"])
     def test_other_types(self, own: str, dtype: str, tmp_path: Path) -> None:
         base, one = given(tmp_path, "shards", own)
         there_and_back(base, one, tmp_path, dtype=dtype)
@@ -317,23 +319,31 @@ class TestInterrupted:
 
         patch.setattr(restoring, "restored", stopping)
 
-    @pytest.mark.parametrize("after", [0, 4, 30])
+    @staticmethod
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    @pytest.mark.parametrize("after", [0, 9, "all weights"])
     def test_the_same_call_goes_on(
-        self, after: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, after: int | str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         out = tmp_path / "again"
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
-            self.stop(patch, after, KeyboardInterrupt())
+            if isinstance(after, int):
+                self.stop(patch, after, KeyboardInterrupt())
+            else:
+                patch.setattr(restoring, "write_file", self.stopped)
             unbake(made / "o", out=out)
-        assert not out.exists()
         there = [path.name for path in tmp_path.iterdir()]
-        if there:
-            assert isinstance(caught.value, Interrupted)
-            assert "kept" in str(caught.value) and "the same command" in str(caught.value)
-        assert bool(there) == (after > 0)
+        assert there == ([".again.adapterops-partial"] if after else [])
+        if after:
+            assert isinstance(caught.value, Interrupted) and caught.value.exit_code == 130
+            count = len(below(made / "m"))
+            assert re.search(
+                rf"[17] of {count} files are kept.*the same command", str(caught.value)
+            )
         report = unbake(made / "o", out=out)
-        assert report.resumed == (0 if not there else report.resumed)
-        assert (report.resumed > 0) == bool(there)
+        assert report.resumed == {0: 0, 9: 1, "all weights": 7}[after]
         assert below(out) == below(made / "m")
         assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
@@ -422,11 +432,12 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], type[AdapterOpsError], int, str]]
     "weights": (lambda o: flipped(shard(o)), IncompatibleError, 4, "changed since"),
     "header of weights": (lambda o: flipped(shard(o), 30), IncompatibleError, 4, "changed since"),
     "longer weights": (
-        lambda o: shard(o).open("ab").write(b"x"), IncompatibleError, 4, "bytes was baked"),
+        lambda o: os.truncate(shard(o), shard(o).stat().st_size + 1),
+        IncompatibleError, 4, "bytes was baked"),
     "config": (lambda o: flipped(o / "config.json", 5), IncompatibleError, 4, "config.json.*sha"),
     "nested": (
         lambda o: flipped(o / "templates" / "chat.jinja", 1), IncompatibleError, 4, "chat.jinja"),
-    "no weights": (lambda o: shard(o).unlink(), FileError, 6, "does not exist"),
+    "no weights": (lambda o: shard(o).unlink(), FileError, 6, "no such file"),
     "no config": (lambda o: (o / "config.json").unlink(), FileError, 6, "config.json"),
     "no undo file": (lambda o: undo(shard(o)).unlink(), FormatError, 3, "beside it"),
     "no record": (lambda o: (o / RECORD).unlink(), FormatError, 3, "--reversible"),
@@ -441,9 +452,9 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], type[AdapterOpsError], int, str]]
         lambda o: shutil.copy(undo(shard(o)), o / RECORD), FormatError, 3, "no undo record"),
     "out by dots": (renamed("../x"), UnsafeFileError, 3, "outside"),
     "absolute": (renamed("/tmp/x"), UnsafeFileError, 3, "outside"),
-    "in a file": (renamed("config.json/x"), FormatError, 3, "twice|both"),
+    "in a file": (renamed("config.json/x"), FormatError, 3, "'config.json' twice"),
     "named twice": (renamed("config.json"), FormatError, 3, "twice"),
-    "a long name": (renamed("x" * 300), AdapterOpsError, 6, ""),
+    "a long name": (renamed("x" * 300), FormatError, 3, "does not hold"),
     "a huge size": (
         lambda o: relisted(o / RECORD, lambda f: f[-1].update(size=1 << 40)),
         FormatError, 3, "bytes"),
@@ -457,7 +468,8 @@ def test_what_is_not_as_it_was_baked(case: str, baked: Path, tmp_path: Path) -> 
     with pytest.raises(error, match=said) as caught:
         unbake(baked, out=tmp_path / "again")
     assert caught.value.exit_code == code
-    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+    kept = [".again.adapterops-partial"] if case == "no config" else []  # which may come back
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*kept, "o"]
 
 
 def test_every_damage_of_an_undo_file_is_found(single: Path, tmp_path: Path) -> None:
@@ -466,7 +478,7 @@ def test_every_damage_of_an_undo_file_is_found(single: Path, tmp_path: Path) -> 
     whole, base = file.read_bytes(), (tmp_path / "m" / "model.safetensors").read_bytes()
     rng = np.random.default_rng(0)
     wrong = 0
-    for at in rng.choice(len(whole), 150, replace=False):
+    for at in rng.choice(len(whole), 100, replace=False):
         data = bytearray(whole)
         data[at] ^= int(rng.integers(1, 256))
         file.write_bytes(data)
@@ -478,7 +490,7 @@ def test_every_damage_of_an_undo_file_is_found(single: Path, tmp_path: Path) -> 
             assert not out.exists()
         else:
             assert out.read_bytes() == base
-    assert wrong > 100
+    assert wrong > 60
 
 
 class TestFiles:
@@ -551,7 +563,9 @@ class TestFolders:
         with pytest.raises(FormatError, match="not baked with --reversible"):
             unbake(tmp_path / "o", out=tmp_path / "again")
 
-    def test_files_added_later_are_left_alone(self, baked: Path, made: Path, tmp_path: Path) -> None:
+    def test_files_added_later_are_left_alone(
+        self, baked: Path, made: Path, tmp_path: Path
+    ) -> None:
         (baked / "notes.txt").write_text("mine")
         unbake(baked, out=tmp_path / "again")
         assert below(tmp_path / "again") == below(made / "m")

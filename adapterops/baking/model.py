@@ -65,6 +65,8 @@ def bake_model(
         tallies, resumed = _write_shards(job, place, record, made, on, progress)
         report = replace(_report(job, tallies, resumed), history=history)
         check_result(job, report)
+        for source in (source for file in inputs for source in file.sources):
+            source.check_unchanged()
         names = write_rest(job, place, report, made, record)
     undo = tuple(name for name in names if name.endswith(SUFFIX))
     return replace(report, files=tuple(names), undo=undo)
@@ -83,7 +85,7 @@ def _staged(job: Job, plan: str) -> Iterator[Place]:
             try:
                 yield resumed
             finally:
-                kept = resumed.kept
+                kept = sum(_record(resumed, shard) is not None for shard in job.shards)
     except KeyboardInterrupt:
         if not kept:
             raise
@@ -127,8 +129,8 @@ def _write_shards(
         name = shard.name if job.is_directory else Path(job.final).name
         path = place.path(name)
         found = write_shard(shard, path, rounding, on, link=options.link, tick=tick)
-        undo = place.path(name + SUFFIX)
         if options.reversible and not shard.untouched:
+            undo = place.path(name + SUFFIX)
             undo.unlink(missing_ok=True)  # of a run that was stopped before the next line
             ids = (FileId(source["name"], source["bytes"], source["sha256"]), file_id(path))
             write_undo(undo, shard.source, path, saved(shard), made.inputs, ids, on)

@@ -31,7 +31,10 @@ from adapterops.stream import Compute
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to bake, checked by the verb; `dtype` None keeps each tensor's own."""
+    """How to bake, checked by the verb; `dtype` None keeps each tensor's own.
+
+    `residual` identifies the model of that option.
+    """
 
     round: Round = "exact"
     seed: int = 0
@@ -41,6 +44,7 @@ class Options:
     max_drift: float | None = None
     link: bool = False
     reversible: bool = False
+    residual: str | None = None
     hash: bool = False
     overwrite: bool = False
     strict: bool = False
@@ -106,7 +110,8 @@ def _check_outside(out: str, base: BaseModel, inputs: Sequence[AdapterFile]) -> 
     """Raise OutputExistsError for an output that is an input, or inside the folder of one."""
     final = Path(os.path.realpath(out))
     for path in (base.path, *(file.path for file in inputs)):
-        place = Path(os.path.realpath(path))
+        named = Path(path)
+        place = Path(os.path.realpath(named.parent if checkpoint.is_index(named) else named))
         if final == place or (place in final.parents and place.is_dir()):
             where = "is" if final == place else "is inside"
             raise OutputExistsError(
@@ -129,6 +134,7 @@ def provenance_of(job: Job, record: Mapping[str, Any], on: Compute) -> Provenanc
             "modules": options.modules,
             "extras": None if options.extras == "error" else options.extras,
             "reversible": options.reversible or None,
+            "residual": options.residual,
             "alpha": given_alphas(job.inputs) or None,
         },
     )

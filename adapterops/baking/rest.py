@@ -55,17 +55,19 @@ def write_rest(
         names.append(file.name)
     names += _undo(job, place, record)
     sidecar = SIDECAR if job.is_directory else sidecar_name(Path(job.final))
-    baked = place.root if isinstance(place, Resumed) else place.path(main)
+    baked = open_model(place.root if isinstance(place, Resumed) else place.path(main))
     names.append(sidecar)
     document = {
         "schema": report.schema,
         "output": base_name(job.final),
-        "sampled_sha256": open_model(baked).identity,
+        "sampled_sha256": baked.identity,
         "files": sorted(names),
         "provenance": made.to_dict(),
         "base_files": record["files"],
         **_measured(report),
     }
+    for ref in baked.tensors.values():
+        ref.source.close()
     if job.options.hash:
         paths = {n: place.path(n) for n in names[: len(job.shards)]}
         document["sha256"] = {name: file_sha256(os.fspath(p)) for name, p in paths.items()}
@@ -99,9 +101,9 @@ def _indexes(job: Job) -> Iterator[tuple[str, bytes]]:
     folders: dict[str, list[Shard]] = {}
     for shard in job.shards:
         folders.setdefault(os.path.dirname(shard.name), []).append(shard)
-    for folder, shards in folders.items():
-        given = Path(job.base.path)
-        source = given if given.is_file() else checkpoint.index_of(given / folder)
+    given = Path(job.base.path)
+    for folder, shards in folders.items() if job.is_directory else ():
+        source = given if checkpoint.is_index(given) else checkpoint.index_of(given / folder)
         if source is None:
             continue
         where = {

@@ -23,7 +23,7 @@ from adapterops.rounding.exact import Counts
 from adapterops.stream import Compute, Job, run
 
 _CHUNK = 2 << 20  # bytes of the result that a job makes
-_FEEDBACK = 4  # times as many rows, where rounding goes column by column
+_FEEDBACK = 2  # times as many rows, where rounding goes column by column
 _TILES = 16 << 20  # bytes of temporaries in a job
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from adapterops.files import checkpoint
 from adapterops.files.clone import duplicate
 from adapterops.files.direct import SequentialWriter
 from adapterops.files.output import check_room, stage, write_file
-from adapterops.files.resumable import resumable
+from adapterops.files.resumable import Resumed, resumable
 from adapterops.files.source import LocalFile
 from adapterops.provenance import file_sha256
 from adapterops.stream import Compute
@@ -93,7 +93,7 @@ def restore_folder(
     total = sum(file.size for file in record.files)
     tick = _ticks(total, progress)
     there = 0
-    with resumable(out, plan=file_sha256(os.fspath(folder / NAME)), overwrite=overwrite) as place:
+    with _staged(out, record, overwrite) as place:
         waiting = [file for file in record.files if place.finished(file.name) is None]
         check_room(Path(out), sum(file.size for file in waiting))
         for file in record.files:
@@ -106,6 +106,27 @@ def restore_folder(
             place.done(file.name, {})
     files = [RestoredFile(f.name, f.size, f.sha256, f.how) for f in record.files]
     return UnbakeReport(out, baked, tuple(files), total, there)
+
+
+@contextmanager
+def _staged(out: str, record: Record, overwrite: bool) -> Iterator[Resumed]:
+    """The place for a folder; an interruption says what is kept of it."""
+    kept = 0
+    try:
+        plan = file_sha256(record.file.path)
+        with resumable(out, plan=plan, overwrite=overwrite) as resumed:
+            try:
+                yield resumed
+            finally:
+                kept = resumed.kept
+    except KeyboardInterrupt:
+        if not kept:
+            raise
+        raise Interrupted(
+            f"interrupted; {kept} of {len(record.files)} files are kept",
+            path=out,
+            hint="the same command goes on from there",
+        ) from None
 
 
 def _restore_one(

@@ -85,6 +85,7 @@ def bake(
         max_drift=as_limit(max_drift),
         link=link,
         reversible=reversible,
+        residual=None if residual is None else open_model(residual).identity,
         hash=hash,
         overwrite=overwrite,
         strict=strict,
