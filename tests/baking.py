@@ -19,7 +19,7 @@ def dense_change(target: Target) -> np.ndarray[Any, Any]:
         part = term.coefficient * (B @ A)
         change[term.rows, term.columns] += part.T if term.turned else part
     for dense in target.dense:
-        change += dense.coefficient * np.asarray(dense.change.rows(0, target.matrix[0]))
+        change += dense.coefficient * np.asarray(dense.change().rows(0, target.matrix[0]))
     return change
 
 

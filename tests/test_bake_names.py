@@ -695,7 +695,7 @@ class TestOtherDialects:
         assert found.targets.keys() == expected.keys() and found.modules == 4
         conv = found.targets["blocks.0.conv.weight"]
         whole = baking.dense_change(conv)
-        np.testing.assert_array_equal(conv.dense[0].change.rows(2, 5) * 0.5, whole[2:5])
+        np.testing.assert_array_equal(conv.dense[0].change().rows(2, 5) * 0.5, whole[2:5])
 
     def test_a_delta_of_another_shape(self, tmp_path: Path) -> None:
         file = tmp_path / "a.safetensors"

@@ -204,7 +204,7 @@ def test_dense_changes_and_convolutions():
     W = Ref(W.source, W.name, W.dtype, (20, 4, 3, 3), W.offset, W.nbytes)
     D = 1e-3 * np.random.default_rng(4).standard_normal((20, 36))
     B, A = sizes(1, 20, 36, 0.05)
-    first = Target("w", W, (20, 36), dense=(DenseTerm(0, 0.5, "m", Dense(D)),))
+    first = Target("w", W, (20, 36), dense=(DenseTerm(0, 0.5, "m", lambda: Dense(D)),))
     report = chain([{"w": first}, {"w": target(W, B, A)}], intruders=True)
     one = casts.round_to(stored + 0.5 * D, "BF16")
     two = casts.round_to(one + B @ A, "BF16")

@@ -31,8 +31,15 @@ from tests import test_bake_names as names
 from tests import test_bake_values as values
 from tests.bake_models import factors, weights
 from tests.inspecting import call
-from tests.merges import BROKEN, STYLES, broken_checkpoint, merge_checkpoint
-from tests.support import dense, pairs, read_peft, write_peft
+from tests.merges import (
+    BROKEN,
+    STYLES,
+    broken_checkpoint,
+    merge_checkpoint,
+    read_adapter,
+    scaled,
+)
+from tests.support import dense, pairs, write_peft
 
 SIZES = {"rows": 192, "columns": 128}
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -40,11 +47,8 @@ ROUNDS = ("exact", "nearest", "stochastic", "compensated")
 Q = "model.layers.0.self_attn.q_proj"
 
 
-def base(folder: Path, dtype: str = "BF16", layout: str = "folder", **more: Any) -> Path:
-    tensors = weights(**SIZES)
-    tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] if "tied" in more else (
-        tensors["model.embed_tokens.weight"])  # fmt: skip
-    return bake_models.model(folder, tensors, dtype, layout)
+def base(folder: Path, dtype: str = "BF16", layout: str = "folder") -> Path:
+    return bake_models.model(folder, weights(**SIZES), dtype, layout)
 
 
 def adapter(folder: Path, seed: int = 1, size: float = 2e-3, **options: Any) -> Path:
@@ -89,13 +93,17 @@ class TestRightMerges:
         model, one = base(tmp_path / "m", dtype), adapter(tmp_path / "a", size=size)
         report = judged(model, one, merge_checkpoint(model, [one], tmp_path / "o"))
         assert right(report)
-        assert (report.representation == "lossy") == bool(report.warnings)
-        if dtype == "BF16":
-            assert report.representation == "lossy" and "float32" in report.warnings[0]
+        lost = [said for said in report.warnings if "lost" in said]
+        assert (report.representation == "lossy") == (len(lost) == 1)
+        assert report.representation == ("lossy" if size < 1e-4 and dtype != "F32" else "ok")
+        assert all("merge into float32" in said for said in lost)
 
     @pytest.mark.parametrize("prefix", ["", "language_model.model.", "transformer."])
     def test_other_prefixes(self, prefix: str, tmp_path: Path) -> None:
         model, one = base(tmp_path / "m"), adapter(tmp_path / "a")
+        file = model / "model.safetensors"
+        kept = {n: t for n, t in load_file(file).items() if n.count(".") > 1 or "lm_head" in n}
+        save_file(kept, file)
         merged = merge_checkpoint(model, [one], tmp_path / "o")
         tensors = load_file(merged / "model.safetensors")
         tensors = {
@@ -118,10 +126,10 @@ class TestRightMerges:
         }
         save_file(tensors, file, {"format": "pt"})
         report = judged(model, one, merged)
-        assert right(report) and bool(report.converted) == (
-            own != saved or any(t.dtype == torch.float32 for t in tensors.values()) != (own == "F32")
-            or saved != "F32"
-        )  # fmt: skip
+        before = {n: t.dtype for n, t in bake_models.stored(model).items()}
+        changed = [n for n in before if n not in report.tensors and before[n][0] in "BF"]
+        other = [n for n in changed if before[n] not in ("BOOL", saved)]
+        assert right(report) and sum(report.converted.values()) == len(other)
 
     @pytest.mark.parametrize("shards", [1, 3])
     @pytest.mark.parametrize("given", ["file", "folder", "index", "shards", "hub"])
@@ -133,17 +141,11 @@ class TestRightMerges:
 
     def test_weights_and_modules(self, tmp_path: Path) -> None:
         model, one = base(tmp_path / "m"), adapter(tmp_path / "a")
-        from tests.merges import read_adapter, scaled
-
         half = {n: p for n, p in scaled(read_adapter(one), -0.5).items() if "q_proj" in n}
         merged = merge_checkpoint(model, [half], tmp_path / "o")
         assert right(judged(model, one, merged, [-0.5], modules=".*q_proj"))
         report = judged(model, one, merged, modules=".*q_proj")
-        assert (
-            report.exit_code == 5
-            and "-0.5" in report.summary[0]
-            or "subtracted" in str(report.summary)
-        )
+        assert report.exit_code == 5 and "subtracted, 0.5 times as strong" in report.summary[0]
         report = judged(model, one, merged, [-0.5])
         assert report.exit_code == 5 and "not applied" in str(report.summary)
 
@@ -245,7 +247,7 @@ class TestOwn:
         bake(model, one, out=tmp_path / "o", round=mode)
         (tmp_path / "o" / "adapterops.json").unlink()
         report = judged(model, one, tmp_path / "o")
-        assert report.implementation in ("ok", "failed")
+        assert report.exit_code == 5 and "the change is there" in report.summary[0]
 
     @pytest.mark.parametrize("mode", ROUNDS)
     def test_a_file(self, mode: str, tmp_path: Path) -> None:
@@ -317,7 +319,7 @@ SAID = {
     "wrong_scale": ("wrong-scale", 6, "alpha/√r"),
     "transposed": ("transposed", 1, "transpose"),
     "sign": ("sign", 1, "subtracted"),
-    "partial": ("partial-rank", 1, "2 of the change's 4 directions"),
+    "partial": ("partial-rank", 1, "4 of the change's 8 directions"),
     "twice": ("twice", 6, "merged twice"),
     "other": ("another-adapter", 6, "another change"),
     "zeroed_norm": (None, 0, "zeros"),
@@ -330,7 +332,10 @@ class TestBroken:
     @pytest.mark.parametrize("defect", BROKEN)
     def test_what_went_wrong(self, defect: str, dtype: str, tmp_path: Path) -> None:
         model = base(tmp_path / "m", dtype, "shards")
-        one, other = adapter(tmp_path / "a"), adapter(tmp_path / "b", 2)
+        one, other = (
+            write_peft(tmp_path / f"a{seed}", factors(seed, 2e-3, rank=8, **SIZES))
+            for seed in (1, 2)
+        )
         merged = broken_checkpoint(defect, model, one, tmp_path / "o", other=other)
         report = judged(model, one, merged)
         kind, count, said = SAID[defect]
@@ -372,8 +377,6 @@ class TestBroken:
 
     @pytest.mark.parametrize("factor", [1.001, 1.04, 2.0, -1.0, 0.01])
     def test_scales(self, factor: float, tmp_path: Path) -> None:
-        from tests.merges import read_adapter, scaled
-
         model, one = base(tmp_path / "m", "F32"), adapter(tmp_path / "a")
         merged = merge_checkpoint(model, [scaled(read_adapter(one), factor)], tmp_path / "o")
         report = judged(model, one, merged)
@@ -407,7 +410,7 @@ class TestOptions:
         assert judged(model, one, merged, strict=True).exit_code == 5
 
     def test_nothing_to_tell_a_merge_by(self, tmp_path: Path) -> None:
-        model, one = base(tmp_path / "m"), adapter(tmp_path / "a", size=1e-9)
+        model, one = base(tmp_path / "m"), adapter(tmp_path / "a", size=1e-13)
         report = judged(model, one, model)
         assert (report.implementation, report.exit_code) == ("undetermined", 0)
         assert "swallows all" in report.warnings[0]
@@ -452,11 +455,7 @@ class TestOptions:
         given = {n: (kind, x.T @ x / 300 if kind == "gram" else x) for n, x in X.items()}
         write_activations(tmp_path / "x.safetensors", given, tokens=300, model="tiny")
         report = judged(model, one, merged, activations=tmp_path / "x.safetensors")
-        assert (
-            right(report)
-            and set(report.forward.modules) == {f"{n}.weight" for n in X}
-            or set(report.forward.modules) == set(X)
-        )
+        assert right(report) and set(report.forward.modules) == {f"{n}.weight" for n in X}
         assert [gone in name for name in report.forward.without] == [True]
         before, after = bake_models.stored(model), bake_models.stored(merged)
         error = change = 0.0
@@ -484,8 +483,8 @@ class TestLogits:
         assert right(report)
         found = report.logits.random
         assert 0 < found.baked.kl <= 4 * found.floor.kl
-        assert judged(tmp_path / "base", tmp_path / "adapter", tmp_path / "base",
-                      logits=tmp_path / "base").logits.random.baked.kl > 10 * found.baked.kl  # fmt: skip
+        unmerged = judged(*given[:2], tmp_path / "base", logits=tmp_path / "base")
+        assert unmerged.logits.random.baked.kl > 10 * found.baked.kl
 
     def test_no_language_model(self, tmp_path: Path) -> None:
         model, one = base(tmp_path / "m"), adapter(tmp_path / "a")
@@ -509,6 +508,14 @@ def planted(folder: Path, dtype: str = "F32") -> tuple[Path, Path]:
     return model, write_peft(folder / "a", found)
 
 
+def deltas(folder: Path) -> dict[str, np.ndarray]:
+    """ΔW of each module of an adapter."""
+    found = read_adapter(folder)
+    return {
+        name: scale * (B.double() @ A.double()).numpy() for name, (B, A, scale) in found.items()
+    }
+
+
 class TestIntruders:
     @pytest.mark.parametrize("dtype", ["F32", "BF16"])
     def test_planted_ones_are_found(self, dtype: str, tmp_path: Path) -> None:
@@ -527,9 +534,9 @@ class TestIntruders:
     def test_mitigation(self, weight: float, tmp_path: Path) -> None:
         model, one = planted(tmp_path)
         out = tmp_path / "b"
-        report = judged(model, one, weights=[weight], mitigate=out, strength=0.1)
+        report = judged(model, one, weights=[weight], mitigate=out, strength=0.0)
         assert report.mitigated == os.fspath(out) and report.notes[-1].startswith("2 intruders")
-        before, after = read_peft(one), read_peft(out)
+        before, after = deltas(one), deltas(out)
         changed = {n for n in before if np.abs(before[n] - after[n]).max() > 1e-6}
         assert changed == {n for n in before if "q_proj" in n}
         bake(model, out, [weight], out=tmp_path / "o")
@@ -538,17 +545,15 @@ class TestIntruders:
 
     def test_mitigated_adapters_load(self, tmp_path: Path) -> None:
         from peft import PeftModel
+        from transformers import AutoModelForCausalLM
 
         by_peft(tmp_path, "llama", torch.float32, False, **PEFT["llama"][1])
         out = tmp_path / "mitigated"
         judged(tmp_path / "base", tmp_path / "adapter", mitigate=out, strength=0.0)
         with names.quiet():
-            fresh = names.torch.nn.Module
-            from transformers import AutoModelForCausalLM
-
             fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
             found = peft_models.deltas(PeftModel.from_pretrained(fresh, str(out)))
-        mine = read_peft(out)
+        mine = deltas(out)
         assert found.keys() == mine.keys()
         for name, delta in found.items():
             np.testing.assert_allclose(delta, mine[name], atol=1e-6)
@@ -628,7 +633,7 @@ class TestErrors:
         config = json.loads((other / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
         (other / "config.json").write_text(json.dumps(config))
-        with pytest.raises(UnsupportedError, match="gptq|quanti") as caught:
+        with pytest.raises(UnsupportedError, match="gptq") as caught:
             drift(*((other, one, model) if which == "base" else (model, one, other)))
         assert caught.value.exit_code == 4
 
@@ -651,7 +656,7 @@ class TestErrors:
         [{}, {"max_drift": 0.1, "chain": True}, {"activations": "x", "chain": True},
          {"logits": "x", "mitigate": "y"}, {"chain": True, "round": "up"},
          {"chain": True, "seed": -1}, {"chain": True, "extras": "none"},
-         {"chain": True, "strength": 2.0}, {"chain": True, "weights": [1.0, 2.0]}],
+         {"chain": True, "weights": [1.0, 2.0]}],
         ids=lambda options: ",".join(options) or "none",
     )  # fmt: skip
     def test_usage(self, options: dict[str, Any], tmp_path: Path) -> None:
@@ -669,7 +674,10 @@ class TestErrors:
 def here(tmp_path: Path) -> Path:
     """A folder with a base `m`, adapters `a` and `b`, and merges of a, of both, and a wrong one."""
     model = base(tmp_path / "m")
-    one, two = adapter(tmp_path / "a"), adapter(tmp_path / "b", 2)
+    one, two = (
+        write_peft(tmp_path / name, factors(seed, 2e-3, rank=8, **SIZES))
+        for seed, name in ((1, "a"), (2, "b"))
+    )
     merge_checkpoint(model, [one], tmp_path / "o")
     merge_checkpoint(model, [one, two], tmp_path / "both")
     broken_checkpoint("wrong_scale", model, one, tmp_path / "wrong")
@@ -692,8 +700,9 @@ class TestCommand:
     def test_weights(self, here: Path) -> None:
         call("drift", "m", "a", "b", "both", cwd=here)
         call("drift", "m", "a:1", "b:1.0", "both", cwd=here)
+        call("drift", "m", "a:1", "b", "both", cwd=here, code=2)
         call("drift", "m", "a", "b", "both", "-w", "1,1", cwd=here)
-        done = call("drift", "m", "a:0.5", "b", "both", cwd=here, code=5)
+        done = call("drift", "m", "a:0.5", "b:1", "both", cwd=here, code=5)
         assert "2 times as strong" in done.stdout
         call("drift", "m", "a", "both", cwd=here, code=5)
         call("drift", "m", "a:1", "b", "both", "-w", "1,1", cwd=here, code=2)
@@ -744,8 +753,8 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         ("given", "code"),
-        [("m a", 2), ("m a none", 6), ("m none o", 6), ("none a o", 6), ("m a a", 4),
-         ("m a o --modules (", 2), ("m a o --modules nothing", 4), ("m a o --bogus", 2),
+        [("m a", 2), ("m a none", 6), ("m none o", 6), ("none a o", 6), ("m a a", 3),
+         ("m a o --modules (", 2), ("m a o --modules nothing", 2), ("m a o --bogus", 2),
          ("m a:nan o", 2), ("m a o --activations none", 6), ("m a o --extras x", 2)],
     )  # fmt: skip
     def test_codes(self, given: str, code: int, here: Path) -> None:

@@ -428,7 +428,9 @@ def test_dense_change_as_tools_compute_it():
     V = exact(W, [one])
     magnitude = 1.01 * V.norm(dim=1, keepdim=True)
     D = (magnitude / V.norm(dim=1, keepdim=True) * V - W.double()).numpy()
-    target = Target("w", merges.ref(W), (256, 512), (), (DenseTerm(0, 1.0, "layer", Dense(D)),))
+    target = Target(
+        "w", merges.ref(W), (256, 512), (), (DenseTerm(0, 1.0, "layer", lambda: Dense(D)),)
+    )
 
     def found(after: torch.Tensor) -> Judged:
         return judge(Pair(target, merges.ref(after)))

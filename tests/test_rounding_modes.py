@@ -197,7 +197,7 @@ def test_a_dense_change_is_added_in_float64():
             return np.full((stop - start, 8), 2.0**-9)
 
     W = torch.ones((64, 8), dtype=torch.bfloat16)
-    whole = Target("w", ref("w", W), (64, 8), dense=(DenseTerm(0, 1.0, "w", Change()),))
+    whole = Target("w", ref("w", W), (64, 8), dense=(DenseTerm(0, 1.0, "w", Change),))
     (band,) = bands(whole)
     result, counts = round_stochastically(W, Delta(whole, band), 0, 64, seed=0, name="w")
     x = thresholds(0, "w", 0, 512).view(64, 8)

@@ -255,7 +255,7 @@ def test_a_dense_change_is_saved_as_differences(made, tmp_path):
         refs(base)["model.qk.weight"],
         (160, 64),
         (),
-        (DenseTerm(0, 1.0, "model.qk", Noise()),),
+        (DenseTerm(0, 1.0, "model.qk", Noise),),
     )
     baked = bake_file(
         tmp_path / "baked.safetensors", refs(base), {"model.qk.weight": dense}, "exact"

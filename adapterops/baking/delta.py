@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapterops.baking.targets import DenseTerm, Target, Term
+from adapterops.baking.targets import DenseTerm, Rows, Target, Term
 
 Array = np.ndarray[Any, Any]
 
@@ -77,7 +77,7 @@ class _Factors:
 
     left (rows, R), right (R, n); `single` are both as torch float32, balanced, c folded into the
     right one; `u` (rows,) and `v` (n,) bound the error of their product. `norms` are those of
-    single rows and columns, `used` where they are not zero.
+    single rows and columns, `used` where they are not zero; `fits`, if float32 holds them.
     """
 
     left: Array
@@ -88,6 +88,7 @@ class _Factors:
     v: torch.Tensor
     norms: tuple[Array, Array]
     used: tuple[Array, Array]
+    fits: bool
 
 
 class Delta:
@@ -129,6 +130,10 @@ class Delta:
         left, c, right = self._stacked()
         return _prepared(left, c * self.sign, right, self.device)
 
+    @cached_property
+    def _opened(self) -> list[tuple[float, Rows]]:
+        return [(self.sign * term.coefficient, term.change()) for term in self.band.dense]
+
     def _stacked(self) -> tuple[Array, Array, Array]:
         """left, coefficients and right of all terms side by side, zero where one does not reach."""
         rows, columns = self.shape
@@ -148,7 +153,7 @@ class Delta:
 
     def single(self, start: int, stop: int) -> torch.Tensor:
         """Rows of D in float32, off by at most u·v of `bounds`; dense changes rounded once."""
-        if self.band.dense:
+        if self.band.dense or not self.factors.fits:
             return self.double(start, stop).float()
         left, right = self.factors.single
         return torch.mm(left[self._local(start, stop)], right)
@@ -164,8 +169,10 @@ class Delta:
         if self.band.terms:
             parts = self.factors
             change += (parts.left[here] * parts.c) @ parts.right
-        for term in self.band.dense:
-            change += (self.sign * term.coefficient) * term.change.rows(start, stop)
+        with self._lock:
+            opened = self._opened
+        for coefficient, rows in opened:
+            change += coefficient * rows.rows(start, stop)
         return torch.from_numpy(change)
 
     def double_bounds(self, start: int, stop: int) -> tuple[Array, Array]:
@@ -252,9 +259,7 @@ def _prepared(left: Array, c: Array, right: Array, device: str) -> _Factors:
     shift[both] = np.rint((of_c + of_r - of_l) / 2)
     left, right = np.ldexp(left, shift), np.ldexp(right, -shift[:, None])
     other = c[:, None] * right
-    with np.errstate(
-        over="ignore", under="ignore"
-    ):  # infinities are in doubt, and decided in double
+    with np.errstate(over="ignore", under="ignore"):
         narrow = left.astype(np.float32), other.astype(np.float32)
     u, v = np.linalg.norm(left, axis=1), np.linalg.norm(other, axis=0)
     terms = left.shape[1]
@@ -264,6 +269,9 @@ def _prepared(left: Array, c: Array, right: Array, device: str) -> _Factors:
     root = np.sqrt(least)
     unit = (terms + 4) * _SINGLE
     bound_u, bound_v = unit * u * _UP + root, v * _UP + root
+    fits = all(np.isfinite(part).all() for part in narrow)
+    if not fits:  # then nothing is certain in float32
+        bound_u = np.full_like(bound_u, np.inf)
     return _Factors(
         left=left,
         c=c,
@@ -273,4 +281,5 @@ def _prepared(left: Array, c: Array, right: Array, device: str) -> _Factors:
         v=torch.from_numpy(bound_v.astype(np.float32)).to(device),
         norms=(u, v),
         used=(u > 0, v > 0),
+        fits=fits,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from adapterops.align import check_coefficient
 from adapterops.baking.locate import Located
@@ -56,7 +57,7 @@ def gather(
             _check_apart(places, piece, stem, file)
         if site.kind in ("dora", "residual"):
             piece = _only(reading, site)
-            change = Dora(site) if site.kind == "dora" else Residual(site)
+            change = partial(Dora if site.kind == "dora" else Residual, site)
             draft = _turned(drafts, piece, file, stem)
             draft.dense.append(DenseTerm(index, coefficient, stem, change))
             continue
@@ -78,7 +79,7 @@ def gather(
             _gather_bias(drafts, base, index, file, coefficient, site, reading)
     for name, piece in located.deltas.items():
         check_coefficient(weight, f"the weight {weight:g}", file, name)
-        delta = FullDelta(file.deltas[name], piece)
+        delta = partial(FullDelta, file.deltas[name], piece)
         _draft(drafts, piece.name, piece.ref, piece.matrix).dense.append(
             DenseTerm(index, weight, name, delta)
         )
@@ -117,7 +118,7 @@ def _gather_bias(
                 path=file.path,
                 module=site.stem,
             )
-        shift = BiasShift(site, parts, size[1])
+        shift = partial(BiasShift, site, parts, size[1])
         _draft(drafts, name, ref, size).dense.append(
             DenseTerm(index, coefficient, site.stem, shift)
         )

@@ -87,7 +87,11 @@ def bake_rows(
         with np.errstate(invalid="ignore"):  # infinities in W, which are found below
             rounded, more, clipped = _rounded(W, delta, first, last, single, rounding)
         # What float32 loses is no larger than its own rounding of D: only float64 tells it.
-        D = delta.double(first, last).to(delta.device) if rounding.dtype == "F32" else single
+        D = (
+            delta.double(first, last).to(delta.device)
+            if rounding.dtype in ("F32", "F64")
+            else single
+        )
         tile, part = measured(W, rounded, D, delta, first, last)
         if not np.isfinite(tile.error):
             raise _overflow(W, rounded, delta, rounding)
@@ -161,7 +165,7 @@ def measured(
     changed = _count_changed(W, rounded)
     sample = slice(0, None, _SAMPLED)
     larger = torch.maximum(W[sample].abs(), rounded[sample].abs())
-    ulps = error[sample].abs() / ulp(larger.float(), rounded.dtype)
+    ulps = error[sample].abs() / ulp(larger.to(D.dtype), rounded.dtype)
     drift = Drift(
         elements=elements,
         delta=delta2,

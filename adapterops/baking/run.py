@@ -127,7 +127,7 @@ def _bakes(
         for start, stop in [(band.start, band.stop)] if whole else chunks:
             numbers = (stop - start) * columns
             peak = _TILES + 2 * numbers * width + 24 * delta.rank * sum(delta.shape)
-            peak += 40 * numbers if feedback or not band.is_changed else 0
+            peak += 40 * numbers if feedback or band.dense or not band.is_changed else 0
             args = (position + start * row_bytes, delta, start, stop, rounding)
             yield Job(target.name, _bake, args, peak)
 

@@ -7,7 +7,7 @@ bias (1, out).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -56,16 +56,16 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class DenseTerm:
-    """One input's dense change of a whole stored matrix: coefficient · `change`.
+    """One input's dense change of a whole stored matrix: coefficient · `change()`.
 
     DoRA, an adapter with a residual, a full delta, a shift of a bias. `module` is what the adapter
-    calls it.
+    calls it. The change is opened when needed and kept no longer: it holds its module's factors.
     """
 
     input: int
     coefficient: float
     module: str
-    change: Rows
+    change: Callable[[], Rows]
 
 
 @dataclass(frozen=True, slots=True)

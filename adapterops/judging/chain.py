@@ -11,7 +11,7 @@ One tensor at a time; three copies of it, in its own type, are held, its rows wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -118,19 +118,21 @@ def chain(
     *,
     seed: int = 0,
     intruders: bool = False,
+    without: Collection[str] = (),
 ) -> ChainReport:
     """Bake the targets of each adapter in turn into one base, every sum in the base's own type.
 
     `adapters` are `mapping.changes(base, [adapter], [weight]).targets`, in the order of baking.
     Stochastic rounding has the seed `seed` + j at step j. `intruders` counts intruder dimensions
-    after every step, a decomposition of each weight. Raises NumericsError, naming the tensor, for
+    after every step, a decomposition of each weight but those `without`. Raises NumericsError, naming the tensor, for
     what the type cannot hold.
     """
     names = list(dict.fromkeys(name for targets in adapters for name in targets))
     tensors: dict[str, tuple[Step, ...]] = {}
     totals = [(_Found(), _Found())] * len(adapters)
     for name in names:
-        found = _of_tensor([targets.get(name) for targets in adapters], mode, seed, intruders)
+        counted = intruders and name not in without
+        found = _of_tensor([targets.get(name) for targets in adapters], mode, seed, counted)
         tensors[name] = _steps(found)
         totals = [
             (_plus(one, mine), _plus(other, theirs))

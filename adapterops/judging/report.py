@@ -72,7 +72,8 @@ class DriftReport:
     are ordered: failed first, then by subspace error, worst first; those whose change is 0 are
     `unchanged`. `findings` are what is wrong, or worth knowing, about everything else; `identical`
     and `converted` count its tensors that are right. `summary` says what happened in a few
-    sentences. `max_drift` is the bound asked for on the total subspace error.
+    sentences. `max_drift` is the bound asked for on the total subspace error, `strict` makes a
+    warning count as a failure in the exit code.
     """
 
     schema: ClassVar[str] = "adapterops.drift/1"
@@ -95,6 +96,7 @@ class DriftReport:
     values: tuple[str, ...] = ()
     renamed: int = 0
     max_drift: float | None = None
+    strict: bool = False
     forward: ForwardReport | None = None
     logits: LogitsReport | None = None
     intruders: Mapping[str, Intruders] | None = None
@@ -111,8 +113,9 @@ class DriftReport:
 
     @property
     def exit_code(self) -> int:
-        """0 where the tool did right, 5 where it did not, or above the bound."""
-        return 5 if self.implementation == "failed" or self.over_budget else 0
+        """0 where the tool did right, 5 where it did not, above the bound, or warned of if strict."""
+        warned = self.strict and bool(self.warnings)
+        return 5 if self.implementation == "failed" or self.over_budget or warned else 0
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapterops.casts import FORMATS, Format
 
-CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 _EXPONENTS = {  # the bits of the exponent, in the integers of the same width
     torch.float32: (torch.int32, 0x7F800000),

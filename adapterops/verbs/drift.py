@@ -10,12 +10,13 @@ from typing import Any, Literal
 from adapterops.activations import open_activations
 from adapterops.baking.mapping import changes
 from adapterops.basemodel import BaseModel, open_model
+from adapterops.casts import format_name
 from adapterops.errors import UsageError
 from adapterops.formats.model import AdapterFile
 from adapterops.inputs import Input
 from adapterops.judging.chain import ChainReport
 from adapterops.judging.chain import chain as simulated
-from adapterops.judging.deeper import check_one, count_intruders, mitigated_file
+from adapterops.judging.deeper import check_one, count_intruders, is_matrix, mitigated_file
 from adapterops.judging.forward import forward_errors
 from adapterops.judging.logits import compare_logits
 from adapterops.judging.report import DriftReport
@@ -75,7 +76,7 @@ def drift(
         max_drift: the largest total error within what the adapters read.
         modules, extras, residual, alpha, allow_pickle: as in `bake`.
         device, memory, jobs, overwrite, progress: as in `merge`.
-        strict: turn warnings into failures.
+        strict: the exit code of warnings is that of failures.
 
     Raises:
         AdapterOpsError: for inputs that cannot be read or do not go together. A merge that is
@@ -114,15 +115,13 @@ def drift(
     if mitigate is not None:
         check_one(files)
         file, count = mitigated_file(model, files[0], factors[0], found.targets, strength)
-        _save(file, mitigate, strength, overwrite)
+        _save(file, files[0].dtype, mitigate, strength, overwrite)
         text = f"{count} intruders scaled by {strength:g} in {os.fspath(mitigate)}"
         report = replace(report, mitigated=os.fspath(mitigate), notes=(*report.notes, text))
     if chain:
         each = _one_by_one(model, files, factors, modules, intruders, mode, seeded)
         report = replace(report, chain=each)
-    if strict and report.warnings and report.implementation == "ok":
-        report = replace(report, implementation="failed", summary=report.warnings)
-    return report
+    return replace(report, strict=strict)
 
 
 def _one_by_one(
@@ -138,16 +137,19 @@ def _one_by_one(
         changes(base, [file], [weight], modules=modules, extras="first").targets
         for file, weight in zip(files, weights, strict=True)
     ]
+    every = (target for mine in targets for target in mine.values())
+    left = {target.name for target in every if not is_matrix(base, target)}
     with exact_arithmetic():
-        return simulated(targets, mode, seed=seed, intruders=intruders)
+        return simulated(targets, mode, seed=seed, intruders=intruders, without=left)
 
 
-def _save(file: AdapterFile, out: _Path, strength: float, overwrite: bool) -> None:
+def _save(file: AdapterFile, dtype: str, out: _Path, strength: float, overwrite: bool) -> None:
+    """Written like a merge of one, in the type of the adapter given: new factors are in float64."""
     save_sum(
         [file],
         [1.0],
         out,
-        verb="drift",
+        dtype="float32" if dtype == "F64" else format_name(dtype),
         recorded={"mitigate": strength},
         overwrite=overwrite,
     )
