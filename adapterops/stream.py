@@ -154,6 +154,21 @@ def _exact_torch(device: str) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def megabytes(
+    total: int, progress: Callable[[str, int, int], None] | None
+) -> Callable[[int], None]:
+    """What counts the bytes of a long run, told how many more are done, for `progress`."""
+    done = 0
+
+    def tick(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress:
+            progress("MB", done // 1_000_000, max(1, total // 1_000_000))
+
+    return tick
+
+
 def keep_freed_memory(*, shared: bool = False) -> None:
     """Tell glibc to reuse freed blocks instead of returning each to the kernel.
 

@@ -32,7 +32,7 @@ from adapterops.files.resumable import Resumed, resumable
 from adapterops.formats.model import AdapterFile
 from adapterops.provenance import Provenance
 from adapterops.rounding.exact import Counts
-from adapterops.stream import Compute
+from adapterops.stream import Compute, megabytes
 from adapterops.undoing.folder import file_id
 from adapterops.undoing.saving import saved, write_undo
 from adapterops.undoing.undo import SUFFIX, FileId
@@ -107,17 +107,11 @@ def _write_shards(
     """Every file of weights; what became of the changes, and which files were there already."""
     options = job.options
     rounding = Rounding(options.round, "F32", options.seed)
-    total, done = sum(shard.size for shard in job.shards), 0
+    tick = megabytes(sum(shard.size for shard in job.shards), progress)
     tallies: dict[str, Tally] = {}
     there: list[str] = []
     waiting = [shard for shard in job.shards if _record(place, shard) is None]
     check_room(Path(job.final), sum(shard.size for shard in waiting))
-
-    def tick(size: int) -> None:
-        nonlocal done
-        done += size
-        if progress:
-            progress("MB", done // 1_000_000, max(1, total // 1_000_000))
 
     for shard, source in zip(job.shards, record["files"], strict=True):
         kept = _record(place, shard)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from adapterops.baking.shards import Shard, plan_shards
 from adapterops.baking.targets import Changes
 from adapterops.basemodel import BaseModel
 from adapterops.casts import format_name
-from adapterops.errors import BudgetError, NumericsError, OutputExistsError
+from adapterops.errors import BudgetError, NumericsError
 from adapterops.extras import Policy
 from adapterops.files import checkpoint
-from adapterops.files.output import check_output
+from adapterops.files.output import check_output, check_outside
 from adapterops.formats.model import AdapterFile
 from adapterops.prepare import origins_of
 from adapterops.provenance import Provenance, given_alphas
@@ -83,7 +82,8 @@ def planned(
     given = Path(base.path)
     is_directory = given.is_dir() or checkpoint.is_index(given)
     final = out if is_directory or out.endswith(".safetensors") else f"{out}.safetensors"
-    _check_outside(final, base, inputs)
+    folder = given.parent if checkpoint.is_index(given) else given
+    check_outside(final, (folder, *(file.path for file in inputs)))
     check_output(final, directory=is_directory, overwrite=options.overwrite)
     found = changes(base, inputs, weights, modules=options.modules, extras=options.extras)
     shards = plan_shards(base, found, options.dtype)
@@ -104,21 +104,6 @@ def planned(
         final=final,
         predicted=total_of(drifts),
     )
-
-
-def _check_outside(out: str, base: BaseModel, inputs: Sequence[AdapterFile]) -> None:
-    """Raise OutputExistsError for an output that is an input, or inside the folder of one."""
-    final = Path(os.path.realpath(out))
-    for path in (base.path, *(file.path for file in inputs)):
-        named = Path(path)
-        place = Path(os.path.realpath(named.parent if checkpoint.is_index(named) else named))
-        if final == place or (place in final.parents and place.is_dir()):
-            where = "is" if final == place else "is inside"
-            raise OutputExistsError(
-                f"the output {where} the input {path}",
-                path=out,
-                hint="choose another name; inputs are never changed",
-            )
 
 
 def provenance_of(job: Job, record: Mapping[str, Any], on: Compute) -> Provenance:

@@ -190,6 +190,19 @@ def _checked(out: str | os.PathLike[str], directory: bool, overwrite: bool) -> P
     return final
 
 
+def check_outside(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise OutputExistsError for an output that is an input, or inside the folder of one."""
+    final = Path(os.path.realpath(out))
+    for path in inputs:
+        place = Path(os.path.realpath(path))
+        if final == place or (place in final.parents and place.is_dir()):
+            raise OutputExistsError(
+                f"the output {'is' if final == place else 'is inside'} the input {os.fspath(path)}",
+                path=os.fspath(out),
+                hint="choose another name; inputs are never changed",
+            )
+
+
 def is_our_sidecar(path: Path) -> bool:
     """Whether a file is a certificate that adapterops wrote."""
     return _sidecar(path) is not None

@@ -124,8 +124,8 @@ def chain(
 
     `adapters` are `mapping.changes(base, [adapter], [weight]).targets`, in the order of baking.
     Stochastic rounding has the seed `seed` + j at step j. `intruders` counts intruder dimensions
-    after every step, a decomposition of each weight but those `without`. Raises NumericsError, naming the tensor, for
-    what the type cannot hold.
+    after every step, a decomposition of each weight but those `without`. Raises NumericsError,
+    naming the tensor, for what the type cannot hold.
     """
     names = list(dict.fromkeys(name for targets in adapters for name in targets))
     tensors: dict[str, tuple[Step, ...]] = {}

@@ -113,7 +113,7 @@ class DriftReport:
 
     @property
     def exit_code(self) -> int:
-        """0 where the tool did right, 5 where it did not, above the bound, or warned of if strict."""
+        """0 where the tool did right; 5 where not, above the bound, or if strict with a warning."""
         warned = self.strict and bool(self.warnings)
         return 5 if self.implementation == "failed" or self.over_budget or warned else 0
 

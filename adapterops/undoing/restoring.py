@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapterops.certificate import plain
-from adapterops.errors import FormatError, IncompatibleError, Interrupted, OutputExistsError
+from adapterops.errors import FormatError, IncompatibleError, Interrupted
 from adapterops.files import checkpoint
 from adapterops.files.clone import duplicate
 from adapterops.files.direct import SequentialWriter
-from adapterops.files.output import check_room, stage, write_file
+from adapterops.files.output import check_outside, check_room, stage, write_file
 from adapterops.files.resumable import Resumed, resumable
 from adapterops.files.source import LocalFile
 from adapterops.provenance import file_sha256
-from adapterops.stream import Compute
+from adapterops.stream import Compute, megabytes
 from adapterops.undoing.record import NAME, FileRecord, Record, read_record
 from adapterops.undoing.restore import restored, tensors_of
 from adapterops.undoing.undo import SUFFIX, Undo, read_undo
@@ -63,13 +63,12 @@ def restore_file(
     damaged undo file, NumericsError where what comes out is not the base: nothing is written then.
     """
     undo = _undo_of(baked)
-    for given in (baked, undo.file.path):
-        _check_outside(out, Path(given))
+    check_outside(out, (baked, undo.file.path))
     _check_baked(Path(baked), undo)
     check_room(Path(out), undo.source.size)
     with stage(out, directory=False, overwrite=overwrite) as staging:
         name = Path(staging.final).name
-        _restore(undo, Path(baked), staging.path(name), on, _ticks(undo.source.size, progress))
+        _restore(undo, Path(baked), staging.path(name), on, megabytes(undo.source.size, progress))
     file = RestoredFile(name, undo.source.size, undo.source.sha256, "undo")
     return UnbakeReport(out, baked, (file,), undo.source.size)
 
@@ -89,9 +88,9 @@ def restore_folder(
             hint="fetch the base again",
         )
     record = read_record(folder / NAME)
-    _check_outside(out, folder)
+    check_outside(out, [folder])
     total = sum(file.size for file in record.files)
-    tick = _ticks(total, progress)
+    tick = megabytes(total, progress)
     there = 0
     with _staged(out, record, overwrite) as place:
         waiting = [file for file in record.files if place.finished(file.name) is None]
@@ -215,25 +214,3 @@ def _restore(undo: Undo, baked: Path, path: Path, on: Compute, tick: Callable[[i
         raise
     finally:
         file.close()
-
-
-def _ticks(total: int, progress: Progress | None) -> Callable[[int], None]:
-    done = 0
-
-    def tick(size: int) -> None:
-        nonlocal done
-        done += size
-        if progress:
-            progress("MB", done // 1_000_000, max(1, total // 1_000_000))
-
-    return tick
-
-
-def _check_outside(out: str, baked: Path) -> None:
-    final, place = Path(os.path.realpath(out)), Path(os.path.realpath(baked))
-    if final == place or (place in final.parents and place.is_dir()):
-        raise OutputExistsError(
-            f"the output {'is' if final == place else 'is inside'} the input {baked}",
-            path=out,
-            hint="choose another name; inputs are never changed",
-        )

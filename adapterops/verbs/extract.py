@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from adapterops.basemodel import BaseModel, open_model
 from adapterops.casts import format_name
 from adapterops.certificate import PlanReport, Report
-from adapterops.errors import BudgetError, OutputExistsError, UsageError
+from adapterops.errors import BudgetError, UsageError
 from adapterops.extraction.adapter import Extraction, difference, sources
 from adapterops.extraction.rounding import notes as rounding_notes
+from adapterops.files.output import check_outside
 from adapterops.linalg import Form
 from adapterops.options import compute
 from adapterops.save import save_sum
@@ -83,7 +83,7 @@ def extract(
     models = open_model(base), open_model(tuned)
     found: Extraction | None = None
     try:
-        _check_outside(out, models)
+        check_outside(out, [model.path for model in models if os.path.isdir(model.path)])
         found = difference(
             *models,
             modules=modules,
@@ -123,19 +123,6 @@ def extract(
             for source in sources(model):
                 source.close()
     return _told(report, found)
-
-
-def _check_outside(out: _Path, models: tuple[BaseModel, BaseModel]) -> None:
-    """Raise OutputExistsError for an output inside the folder of a model."""
-    final = Path(os.path.realpath(out))
-    for model in models:
-        place = Path(os.path.realpath(model.path))
-        if place in final.parents and place.is_dir():
-            raise OutputExistsError(
-                f"the output is inside the input {model.path}",
-                path=os.fspath(out),
-                hint="choose another name; inputs are never changed",
-            )
 
 
 def _explained(error: BudgetError, found: Extraction | None, precise: bool) -> BudgetError:
