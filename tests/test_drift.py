@@ -656,7 +656,7 @@ class TestErrors:
         [{}, {"max_drift": 0.1, "chain": True}, {"activations": "x", "chain": True},
          {"logits": "x", "mitigate": "y"}, {"chain": True, "round": "up"},
          {"chain": True, "seed": -1}, {"chain": True, "extras": "none"},
-         {"chain": True, "weights": [1.0, 2.0]}],
+         {"mitigate": "y", "intruders": True}, {"chain": True, "weights": [1.0, 2.0]}],
         ids=lambda options: ",".join(options) or "none",
     )  # fmt: skip
     def test_usage(self, options: dict[str, Any], tmp_path: Path) -> None:

@@ -112,3 +112,20 @@ def test_task_losses_in_the_readme_are_the_committed_ones():
     assert len(losses) == 12
     for loss in losses:
         assert f"{loss:.4f}" in TEXT
+
+
+def test_divergences_of_baked_models_in_the_readme_are_the_committed_ones():
+    """KL in 1e-5 nats, as benchmarks/bake_quality.py measured them last."""
+    newest = max((ROOT / "benchmarks" / "results" / "bake_quality").glob("*.json"))
+    rows = {row["name"]: row["figures"] for row in json.loads(newest.read_text())["rows"]}
+    table = TEXT[TEXT.index("<!-- bake quality -->") :].partition("\n\n")[0].splitlines()[3:]
+    assert len(table) == 6
+    for line in table:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        mix = cells[0].replace("×", "x")
+        shown = [float(cell.replace(",", "")) for cell in cells[2:6]]
+        measured = [
+            1e5 * rows[f"bake quality: bfloat16, {mix}, {how}"]["KL"]
+            for how in ("base", "exact", "compensated", "PEFT")
+        ]
+        assert shown == pytest.approx(measured, rel=0.06)

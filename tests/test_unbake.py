@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -571,6 +573,19 @@ class TestFolders:
         assert below(tmp_path / "again") == below(made / "m")
 
 
+# The command, interrupted when all weights are written.
+STOPPED = """
+from adapterops.cli import main
+from adapterops.undoing import restoring
+
+def stopped(*_):
+    raise KeyboardInterrupt
+
+restoring.write_file = stopped
+main()
+"""
+
+
 class TestCommand:
     def test_what_it_says(self, baked: Path, made: Path, tmp_path: Path) -> None:
         done = call("unbake", "o", "-o", "again", cwd=tmp_path)
@@ -605,6 +620,14 @@ class TestCommand:
         done = call("unbake", "o", "-o", "again", cwd=tmp_path, code=code)
         assert done.stdout == "" and done.stderr.startswith("error: ")
         assert not (tmp_path / "again").exists()
+
+    def test_ctrl_c(self, made: Path, tmp_path: Path) -> None:
+        given = [sys.executable, "-c", STOPPED, "unbake", made / "o", "-o", "again"]
+        done = subprocess.run(given, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 130 and done.stdout == ""
+        assert "7 of 8 files are kept; the same command goes on from there" in done.stderr
+        call("unbake", made / "o", "-o", "again", cwd=tmp_path)
+        assert below(tmp_path / "again") == below(made / "m")
 
     def test_usage(self, baked: Path, tmp_path: Path) -> None:
         call("unbake", "o", cwd=tmp_path, code=2)

@@ -25,6 +25,7 @@ from adapterops.rounding.exact import narrowed
 
 _ENOUGH = 4  # codes that a right merge moves before a row counts as left out
 _CLOSE = 0.1  # how far a coefficient may be from 0 or 1 to be taken for it
+_ALIKE = 0.7  # the cosine from which a low-rank change counts as a form of the right one
 _NAMED = 0.03  # how far a factor may be from the name that is tried for it
 _LIKELY = 0.2  # share of what was unexplained that a likely cause may leave
 _STEPS = 4
@@ -254,6 +255,9 @@ def _leftover(found: Judged, evidence: Evidence) -> Cause:
     if abs(part - 1) < _CLOSE and evidence.rank is not None:
         what = "the change is there, and more that no adapter given explains"
         return Cause("more", f"{what}: altogether {far}")
+    if evidence.rank is not None and abs(part) < _ALIKE * size:
+        what = f"another change: {far}, at a cosine of {part / size:.2g} to it"
+        return Cause("another-adapter", what)
     share = found.unexplained[FAITHFUL - 1] / max(found.elements, 1)
     what = f"{share:.2%} of the elements are off by more than any rounding"
     return Cause("unexplained", f"no one cause: {what}, along the change {part:.3g} of it")

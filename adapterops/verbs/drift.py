@@ -86,6 +86,8 @@ def drift(
         raise UsageError("a merged model is needed, unless a chain is simulated")
     if baked is None and (activations is not None or logits is not None or max_drift is not None):
         raise UsageError("--activations, --logits and --max-drift judge a merged model: name one")
+    if baked is None and intruders and not chain:
+        raise UsageError("--intruders counts those of a merged model or of --chain: name one")
     on = compute(device, memory, jobs)
     limit, mode, seeded = as_limit(max_drift), as_round(round), as_seed(seed)
     model = open_model(base)
