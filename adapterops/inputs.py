@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapterops.adapter import Adapter
 from adapterops.errors import UsageError
 from adapterops.formats import open_adapter_file, read_adapter
+from adapterops.options import is_number
 
 if TYPE_CHECKING:
     from adapterops.basemodel import BaseModel
@@ -43,8 +44,8 @@ def _alphas(
     default = None if isinstance(alpha, Mapping) else alpha
     single = {os.fspath(k): v for k, v in alpha.items()} if isinstance(alpha, Mapping) else {}
     for value in (*single.values(), default):
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"alpha {value}: expected a number above 0")
+        if value is not None and not (is_number(value) and 0 < value < math.inf):
+            raise UsageError(f"alpha {value!r}: expected a number above 0")
     unknown = sorted(set(single) - paths)
     if unknown:
         raise UsageError(f"--alpha names {unknown[0]!r}, which is not among the inputs")

@@ -6,6 +6,8 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
 
 from adapterops.arrays import resolve_device
 from adapterops.errors import UsageError
@@ -26,12 +28,22 @@ def parse_size(text: str | float, name: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, of Python or numpy; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or numpy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def compute(
     device: str = "auto", memory: str | int | None = None, jobs: int | None = None
 ) -> Compute:
     """Where to run: defaults from this process's share of processors and memory."""
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"-j {jobs}: expected at least 1")
+    if jobs is not None and (not is_whole(jobs) or jobs < 1):
+        raise UsageError(f"-j {jobs!r}: expected a whole number of at least 1")
     size = available_memory() if memory is None else parse_size(memory, "--memory")
     if memory is not None and size <= 0:
         raise UsageError(f"--memory {memory}: expected more than 0 bytes")
@@ -54,7 +66,14 @@ def check_weights(
                 hint=f"--weights {example} (averages) or 1,1 (adds)",
             )
         weights = [1.0]
-    result = [float(weight) for weight in weights]
+    try:
+        given = list(weights)
+    except TypeError:
+        raise UsageError(f"weights {weights!r}: expected one number per adapter") from None
+    for weight in given:
+        if not is_number(weight):
+            raise UsageError(f"the weight {weight!r} is not a number")
+    result = [float(weight) for weight in given]
     if len(result) != len(paths):
         raise UsageError(
             f"{len(result)} weights for {len(paths)} adapters: "

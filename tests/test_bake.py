@@ -1644,3 +1644,57 @@ class TestGoingOn:
         with pytest.raises(OutputExistsError):
             bake(*given, out=tmp_path / "o", progress=hook)
         assert bytes_of(tmp_path / "o") == {"mine": b"x"}
+
+
+class TestMisuse:
+    """What no command line can say: values of other types, each refused by the option's name."""
+
+    @pytest.mark.parametrize(
+        ("options", "named"),
+        [
+            ({"seed": 3.5}, "--seed"),
+            ({"seed": True}, "--seed"),
+            ({"max_drift": "1"}, "--max-drift"),
+            ({"jobs": "2"}, "-j"),
+            ({"alpha": "x"}, "alpha"),
+            ({"modules": 3}, "--modules"),
+            ({"weights": 0.5}, "weights"),
+            ({"weights": ["0.5"]}, "weight"),
+            ({"weights": [True]}, "weight"),
+            ({"weights": [1j]}, "weight"),
+        ],
+        ids=str,
+    )
+    def test_other_types(self, options: dict[str, Any], named: str, tmp_path: Path) -> None:
+        base, one = model(tmp_path / "base"), adapter(tmp_path / "a")
+        with pytest.raises(UsageError, match=named):
+            bake(base, one, out=tmp_path / "out", **options)
+        nothing_but(tmp_path, "a", "base")
+
+    def test_numbers_of_numpy(self, tmp_path: Path) -> None:
+        base, one = model(tmp_path / "base"), adapter(tmp_path / "a")
+        report = bake(
+            base,
+            one,
+            np.array([0.5]),
+            out=tmp_path / "out",
+            round="stochastic",
+            seed=np.int64(3),
+            max_drift=np.float32(9),
+        )
+        assert report.to_dict()["adapters"][0][1] == 0.5
+
+    def test_an_output_around_an_input(self, tmp_path: Path) -> None:
+        """--overwrite must not remove what is read: an adapter, or the residual, inside it."""
+        base, one = model(tmp_path / "base"), adapter(tmp_path / "a")
+        bake(base, one, out=tmp_path / "out")
+        inside = tmp_path / "out" / "adapter.safetensors"
+        shutil.copy(tmp_path / "a" / "adapter_model.safetensors", inside)
+        for given in (
+            {"adapters": inside, "alpha": 1.0},
+            {"residual": tmp_path / "out" / "model.safetensors"},
+        ):
+            arguments = {"adapters": one, "overwrite": True, **given}
+            with pytest.raises(OutputExistsError, match=r"(contains|is) the input"):
+                bake(base, out=tmp_path / "out", **arguments)
+        assert inside.is_file()

@@ -26,7 +26,7 @@ from adapterops.baking.shards import Shard, copied_bytes
 from adapterops.baking.writing import write_shard
 from adapterops.basemodel import BaseModel
 from adapterops.casts import format_name
-from adapterops.errors import Interrupted
+from adapterops.errors import FileError, Interrupted
 from adapterops.files.output import check_room, stage
 from adapterops.files.resumable import Resumed, resumable
 from adapterops.formats.model import AdapterFile
@@ -38,6 +38,7 @@ from adapterops.undoing.saving import saved, write_undo
 from adapterops.undoing.undo import SUFFIX, FileId
 
 Progress = Callable[[str, int, int], None]
+_UNDO = 0.1  # of what changes: as much as undo files take at most, as a rule
 
 
 def bake_model(
@@ -86,6 +87,10 @@ def _staged(job: Job, plan: str) -> Iterator[Place]:
                 yield resumed
             finally:
                 kept = sum(_record(resumed, shard) is not None for shard in job.shards)
+    except FileError as error:
+        if error.path and f".{Path(job.final).name}." in error.path:  # where it was staged
+            error.path = job.final
+        raise
     except KeyboardInterrupt:
         if not kept:
             raise
@@ -111,7 +116,9 @@ def _write_shards(
     tallies: dict[str, Tally] = {}
     there: list[str] = []
     waiting = [shard for shard in job.shards if _record(place, shard) is None]
-    check_room(Path(job.final), sum(shard.size for shard in waiting))
+    changed = sum(shard.size - copied_bytes(shard) for shard in waiting)
+    more = int(_UNDO * changed) if options.reversible else 0
+    check_room(Path(job.final), sum(shard.size for shard in waiting) + more)
 
     for shard, source in zip(job.shards, record["files"], strict=True):
         kept = _record(place, shard)

@@ -17,7 +17,7 @@ from adapterops.baking.shards import Shard, plan_shards
 from adapterops.baking.targets import Changes
 from adapterops.basemodel import BaseModel
 from adapterops.casts import format_name
-from adapterops.errors import BudgetError, NumericsError
+from adapterops.errors import BudgetError, NumericsError, UsageError
 from adapterops.extras import Policy
 from adapterops.files import checkpoint
 from adapterops.files.output import check_output, check_outside
@@ -26,6 +26,7 @@ from adapterops.prepare import origins_of
 from adapterops.provenance import Provenance, given_alphas
 from adapterops.rounding.precision import exact_arithmetic
 from adapterops.stream import Compute
+from adapterops.undoing.record import NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +80,20 @@ def planned(
 
     Raises what it raises, but for what only the whole shows.
     """
+    if not out:
+        raise UsageError("the output has no name", hint="-o PATH")
     given = Path(base.path)
     is_directory = given.is_dir() or checkpoint.is_index(given)
     final = out if is_directory or out.endswith(".safetensors") else f"{out}.safetensors"
     folder = given.parent if checkpoint.is_index(given) else given
-    check_outside(final, (folder, *(file.path for file in inputs)))
+    mine = (path for file in inputs for path in (file.path, *file.weights_files))
+    check_outside(final, (folder, *base.files, *mine))
     check_output(final, directory=is_directory, overwrite=options.overwrite)
     found = changes(base, inputs, weights, modules=options.modules, extras=options.extras)
     shards = plan_shards(base, found, options.dtype)
     beside, said = carried(base, inputs, found, options.dtype)
+    if is_directory and (folder / NAME).is_file():
+        said = [*said, f"undo files of {base.name} stay there: keep it to unbake further back"]
     rounding = Rounding(options.round, "F32", options.seed)
     with exact_arithmetic():
         drifts = predict(found.targets.values(), rounding, options.dtype, on)

@@ -191,13 +191,15 @@ def _checked(out: str | os.PathLike[str], directory: bool, overwrite: bool) -> P
 
 
 def check_outside(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
-    """Raise OutputExistsError for an output that is an input, or inside the folder of one."""
+    """Raise OutputExistsError for an output that is, lies inside or contains an input."""
     final = Path(os.path.realpath(out))
     for path in inputs:
         place = Path(os.path.realpath(path))
-        if final == place or (place in final.parents and place.is_dir()):
+        inside = place in final.parents and place.is_dir()
+        if final == place or inside or final in place.parents:
+            how = "is" if final == place else "is inside" if inside else "contains"
             raise OutputExistsError(
-                f"the output {'is' if final == place else 'is inside'} the input {os.fspath(path)}",
+                f"the output {how} the input {os.fspath(path)}",
                 path=os.fspath(out),
                 hint="choose another name; inputs are never changed",
             )

@@ -12,9 +12,10 @@ from adapterops.baking.report import BakeReport
 from adapterops.basemodel import open_model
 from adapterops.casts import DTYPE_NAMES
 from adapterops.errors import UsageError
+from adapterops.files.output import check_outside
 from adapterops.inputs import Input
 from adapterops.options import compute
-from adapterops.verbs.options import as_limit, as_policy, as_round, as_seed, opened
+from adapterops.verbs.options import as_limit, as_pattern, as_policy, as_round, as_seed, opened
 
 _Path = str | os.PathLike[str]
 
@@ -80,7 +81,7 @@ def bake(
         round=as_round(round),
         seed=as_seed(seed),
         dtype=_dtype(dtype),
-        modules=modules,
+        modules=as_pattern(modules),
         extras=as_policy(extras),
         max_drift=as_limit(max_drift),
         link=link,
@@ -92,6 +93,7 @@ def bake(
         dry_run=dry_run,
     )
     on = compute(device, memory, jobs)
+    check_outside(out, () if residual is None else (residual,))
     model = open_model(base)
     files, factors = opened(model, adapters, weights, residual, alpha, allow_pickle)
     return bake_model(model, files, factors, os.fspath(out), options, on, progress)

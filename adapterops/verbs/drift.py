@@ -24,7 +24,7 @@ from adapterops.judging.run import judge_model
 from adapterops.options import compute
 from adapterops.rounding.precision import exact_arithmetic
 from adapterops.save import save_sum
-from adapterops.verbs.options import as_limit, as_policy, as_round, as_seed, opened
+from adapterops.verbs.options import as_limit, as_pattern, as_policy, as_round, as_seed, opened
 
 _Path = str | os.PathLike[str]
 
@@ -92,7 +92,7 @@ def drift(
     limit, mode, seeded = as_limit(max_drift), as_round(round), as_seed(seed)
     model = open_model(base)
     files, factors = opened(model, adapters, weights, residual, alpha, allow_pickle)
-    policy = as_policy(extras)
+    policy, modules = as_policy(extras), as_pattern(modules)
     named = tuple((file.path, weight) for file, weight in zip(files, factors, strict=True))
     found = changes(model, files, factors, modules=modules, extras=policy)
     if baked is None:

@@ -14,7 +14,7 @@ from adapterops.errors import UsageError
 from adapterops.extras import Policy
 from adapterops.formats.model import AdapterFile
 from adapterops.inputs import Input, open_for_base
-from adapterops.options import check_weights
+from adapterops.options import check_weights, is_number, is_whole
 
 _Path = str | os.PathLike[str]
 
@@ -62,15 +62,24 @@ def as_policy(name: str) -> Policy:
     raise UsageError(f"--extras {name!r}: expected one of {', '.join(found)}")
 
 
-def as_limit(value: float | None) -> float | None:
+def as_limit(value: Any) -> float | None:
     """A bound on drift. Raises UsageError below 0."""
-    if value is not None and not (0 <= value < math.inf):
-        raise UsageError(f"--max-drift {value}: expected a number of at least 0")
-    return value
+    if value is None:
+        return None
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise UsageError(f"--max-drift {value!r}: expected a number of at least 0")
+    return float(value)
 
 
-def as_seed(value: int) -> int:
+def as_pattern(text: Any) -> str | None:
+    """A regular expression as text. Raises UsageError for anything else."""
+    if text is not None and not isinstance(text, str):
+        raise UsageError(f"--modules {text!r}: expected a regular expression as text")
+    return text
+
+
+def as_seed(value: Any) -> int:
     """A seed of 63 bits. Raises UsageError."""
-    if not 0 <= value < 2**63:
-        raise UsageError(f"--seed {value}: expected a whole number from 0 to 2⁶³ − 1")
-    return value
+    if not is_whole(value) or not 0 <= value < 2**63:
+        raise UsageError(f"--seed {value!r}: expected a whole number from 0 to 2⁶³ − 1")
+    return int(value)
