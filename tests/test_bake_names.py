@@ -543,6 +543,11 @@ class TestPrefixes:
             ),
             pytest.param("language_model.model.layers", "model.language_model.layers", id="before"),
             pytest.param("model.layers", "model.language_model.layers", id="of the text model"),
+            pytest.param(
+                "vision_tower.vision_model.encoder.layers",
+                "vision_model.encoder.layers",
+                id="of a vision model",
+            ),
         ],
     )
     def test_of_the_wild(self, here: str, there: str, tmp_path: Path) -> None:
@@ -600,6 +605,93 @@ class TestPrefixes:
             IncompatibleError, match=r"5 of 6 modules are not in .*layers\.3\.q_proj' and 2 more"
         ):
             changed(tmp_path, based(tmp_path, shapes))
+
+    @pytest.mark.parametrize(
+        ("here", "there"),
+        [
+            ("vision_tower.layers", "model.layers"),
+            ("model.vision_tower.layers", "model.layers"),
+            ("vision_model.encoder.layers", "encoder.layers"),
+            ("text_model.encoder.layers", "vision_model.encoder.layers"),
+            ("model.encoder.layers", "model.layers"),
+            ("model.encoder.layers", "model.decoder.layers"),
+            ("mtp.layers", "model.layers"),
+            ("mtp.layers", "layers"),
+            ("model.layers", "model.mtp.layers"),
+            ("audio_tower.layers", "language_model.model.layers"),
+            ("draft_model.layers", "model.layers"),
+            ("medusa_head.layers", "layers"),
+            ("one.layers", "other.layers"),
+        ],
+    )
+    def test_another_part_is_not_the_same(self, here: str, there: str, tmp_path: Path) -> None:
+        adapter(tmp_path, {f"{here}.{n}.q_proj": (6, 4) for n in range(2)})
+        base = based(tmp_path, {f"{there}.{n}.q_proj.weight": (6, 4) for n in range(2)})
+        with pytest.raises(IncompatibleError, match="2 of 2 modules are not in"):
+            changed(tmp_path, base)
+
+    def test_two_heads_do_not_become_one(self, tmp_path: Path) -> None:
+        """Which of the two is meant does not show, even where both may be."""
+        adapter(tmp_path, {"llm.layers.0.q_proj": (6, 4), "backbone.layers.1.q_proj": (6, 4)})
+        shapes = {f"model.layers.{n}.q_proj.weight": (6, 4) for n in range(2)}
+        with pytest.raises(IncompatibleError, match="2 of 2 modules are not in"):
+            changed(tmp_path, based(tmp_path, shapes))
+
+    def test_a_part_that_the_base_lacks_beside_one_that_it_has(self, tmp_path: Path) -> None:
+        heads = {"vision_tower": "k_proj", "language_model": "q_proj"}
+        adapter(tmp_path, {f"model.{h}.layers.0.{leaf}": (6, 4) for h, leaf in heads.items()})
+        names = [f"model.layers.0.{leaf}.weight" for leaf in heads.values()]
+        with pytest.raises(IncompatibleError, match=r"1 of 2 modules.*vision_tower.*k_proj"):
+            changed(tmp_path, based(tmp_path, dict.fromkeys(names, (6, 4))))
+
+    def test_modules_beside_layers_may_lose_their_heads(self, tmp_path: Path) -> None:
+        """Without numbers heads tell nothing: only equal names would be one weight."""
+        adapter(tmp_path, {"model.embed": (6, 4), "lm_head": (8, 4), "model.layers.0.q": (6, 4)})
+        shapes = {"embed.weight": (6, 4), "lm_head.weight": (8, 4), "layers.0.q.weight": (6, 4)}
+        assert changed(tmp_path, based(tmp_path, shapes)).keys() == shapes.keys()
+
+    def test_a_decoder_alone_is_the_model(self, tmp_path: Path) -> None:
+        adapter(tmp_path, {"model.decoder.layers.0.q_proj": (6, 4)})
+        name = "model.layers.0.q_proj.weight"
+        assert list(changed(tmp_path, based(tmp_path, {name: (6, 4)}))) == [name]
+
+    def test_the_model_and_not_what_drafts_for_it(self, tmp_path: Path) -> None:
+        adapter(tmp_path, {"layers.0.q_proj": (6, 4)})
+        names = [f"{root}.layers.0.q_proj.weight" for root in ("mtp", "model")]
+        found = changed(tmp_path, based(tmp_path, dict.fromkeys(names, (6, 4))))
+        assert list(found) == names[1:]
+
+    @pytest.mark.parametrize(
+        ("here", "there", "said"),
+        [
+            ("model.layers", "layers", ""),
+            ("layers", "model.layers", ""),
+            ("transformer.h", "h", "'transformer.h' as 'h'"),
+            ("layers", "vision_tower.layers", "'layers' as 'vision_tower.layers'"),
+        ],
+    )
+    def test_other_names_are_said(self, here: str, there: str, said: str, tmp_path: Path) -> None:
+        adapter(tmp_path, {f"{here}.0.q_proj": (6, 4)})
+        base = based(tmp_path, {f"{there}.0.q_proj.weight": (6, 4)})
+        notes = changes(base, [read_adapter(tmp_path / "adapter")], [1.0]).notes
+        assert [said in note for note in notes] == ([True] if said else [])
+
+    @pytest.mark.parametrize(
+        ("leaf", "turned"),
+        [("self_attn.q_proj", False), ("attn.c_proj", True), ("attn.own", True)],
+    )
+    def test_fan_in_fan_out_of_a_square_weight(
+        self, leaf: str, turned: bool, tmp_path: Path
+    ) -> None:
+        """PEFT resets it for Linear layers; without a config their names tell them."""
+        stem = f"h.0.{leaf}"
+        parts = adapter(tmp_path, {stem: (6, 6)}, fan_in_fan_out=True)
+        base = based(tmp_path, {f"{stem}.weight": (6, 6)})
+        found = changes(base, [read_adapter(tmp_path / "adapter")], [1.0])
+        change = parts[stem].T if turned else parts[stem]
+        assert baking.gap(baking.baked(found), {f"{stem}.weight": change}) < 1e-7
+        (note,) = found.notes
+        assert ("taken as (in, out)" in note) == turned and ("PEFT resets it" in note) != turned
 
     def test_parts_of_a_pipeline_stay_apart(self, tmp_path: Path) -> None:
         """text_encoder_2 would hold it all."""
@@ -732,6 +824,27 @@ class TestOtherDialects:
             for n, part in ((1, "text_encoder"), (2, "text_encoder_2"))
         }
         assert baking.gap(found, expected) < 1e-6 and len(found) == 2
+
+    @pytest.mark.parametrize(
+        ("prefix", "number"),
+        [
+            ("cond_stage_model.transformer.text_model", 2),
+            ("text_encoder", 2),
+            ("text_encoder", 3),
+            ("text_encoder_2", 1),
+            ("text_model", 2),
+            ("conditioner.embedders.0.transformer.text_model", 2),
+            ("conditioner.embedders.1.model", 1),
+        ],
+    )
+    def test_another_text_encoder_is_not_there(
+        self, prefix: str, number: int, tmp_path: Path
+    ) -> None:
+        stem = f"lora_te{number}_text_model_encoder_layers_0_q_proj"
+        file = write_kohya(tmp_path / "a.safetensors", pairs(1, {stem: (6, 4)}, 2), alpha=2.0)
+        base = based(tmp_path, {f"{prefix}.encoder.layers.0.q_proj.weight": (6, 4)})
+        with pytest.raises(IncompatibleError, match="1 of 1 modules are not in"):
+            changes(base, [read_adapter(file)], [1.0])
 
     def test_mlx_stacks_on_numbered_experts(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(4)

@@ -204,6 +204,38 @@ class TestPeft:
         by_peft(tmp_path, kind, dtype, False, **config)
         assert right(judged(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"))
 
+    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    def test_configs_that_savers_rewrite(self, kind: str, tmp_path: Path) -> None:
+        """A base whose config transformers 4 wrote; the merge's is newer."""
+        from transformers import AutoModelForCausalLM
+
+        by_peft(tmp_path, kind, torch.bfloat16, False, **PEFT[kind][1])
+        file = tmp_path / "base" / "config.json"
+        config = json.loads(file.read_text())
+        config["torch_dtype"] = config.pop("dtype", "bfloat16")
+        config["transformers_version"] = "4.31.0"
+        if kind == "llama":
+            config.pop("rope_parameters", None)
+            config.pop("head_dim", None)
+            config |= {"rope_theta": 20000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+        file.write_text(json.dumps(config))
+        with names.quiet():
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+            again.save_pretrained(tmp_path / "again")
+        shutil.copy(tmp_path / "again" / "config.json", tmp_path / "merged" / "config.json")
+        given = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+        report = judged(*given)
+        assert right(report) and not [f for f in report.findings if f.kind == "config"]
+        there = tmp_path / "merged" / "config.json"
+        config = json.loads(there.read_text())
+        if kind == "llama":
+            config["rope_parameters"].pop("rope_theta")
+        else:
+            config["activation_function"] = "relu"
+        there.write_text(json.dumps(config))
+        report = judged(*given)
+        assert report.exit_code == 5 and "config.json has " in report.summary[0]
+
     def test_the_unmerged_model(self, tmp_path: Path) -> None:
         """Its base's weights, to the last bit."""
         by_peft(tmp_path, "llama", torch.bfloat16, False, **PEFT["llama"][1])
@@ -239,15 +271,16 @@ class TestOwn:
         report = judged(model, one, tmp_path / "o")
         assert right(report) and report.representation == "lossy" and report.warnings
 
+    @pytest.mark.parametrize("dtype", TYPES)
     @pytest.mark.parametrize("mode", ["stochastic", "compensated"])
-    def test_without_the_sidecar_it_is_no_merge_of_a_known_tool(
-        self, mode: str, tmp_path: Path
-    ) -> None:
-        model, one = base(tmp_path / "m"), adapter(tmp_path / "a")
+    def test_without_the_sidecar(self, mode: str, dtype: str, tmp_path: Path) -> None:
+        model, one = base(tmp_path / "m", dtype), adapter(tmp_path / "a")
         bake(model, one, out=tmp_path / "o", round=mode)
         (tmp_path / "o" / "adapterops.json").unlink()
         report = judged(model, one, tmp_path / "o")
-        assert report.exit_code == 5 and "the change is there" in report.summary[0]
+        assert right(report)
+        assert mode != "compensated" or dtype == "F32" or "without its" in report.model
+        assert judged(model, one, tmp_path / "o", [1.05]).exit_code == 5
 
     @pytest.mark.parametrize("mode", ROUNDS)
     def test_a_file(self, mode: str, tmp_path: Path) -> None:
@@ -263,13 +296,18 @@ class TestOwn:
         bake(model, one, out=tmp_path / "o", dtype=dtype, round=mode)
         assert right(judged(model, one, tmp_path / "o"))
 
-    @pytest.mark.parametrize("mode", ["exact", "nearest"])
-    def test_one_after_the_other(self, mode: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [*zip(ROUNDS, ROUNDS, strict=True), ("exact", "stochastic"), ("compensated", "nearest")],
+    )
+    def test_one_after_the_other(self, first: str, second: str, tmp_path: Path) -> None:
         model = base(tmp_path / "m")
         both = [adapter(tmp_path / "a"), adapter(tmp_path / "b", 2)]
-        bake(model, both[0], out=tmp_path / "o", round=mode)
-        bake(tmp_path / "o", both[1], out=tmp_path / "p", round=mode)
+        bake(model, both[0], out=tmp_path / "o", round=first)
+        bake(tmp_path / "o", both[1], out=tmp_path / "p", round=second)
         assert right(judged(model, both, tmp_path / "p"))
+        assert judged(model, both[0], tmp_path / "p").exit_code == 5
+        assert right(judged(tmp_path / "o", both[1], tmp_path / "p"))
 
     @pytest.mark.parametrize(
         "case",

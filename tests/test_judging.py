@@ -20,10 +20,17 @@ from adapterops.judging.configs import compare_configs
 from adapterops.judging.diagnosis import diagnose
 from adapterops.judging.ladder import half_ulp
 from adapterops.judging.measure import Pair, measure
+from adapterops.judging.naming import match
 from adapterops.judging.report import DriftReport, report
 from adapterops.judging.trend import Trend, detectable, margins
-from adapterops.judging.untargeted import compare_copies, compare_values, match_models
+from adapterops.judging.untargeted import (
+    Finding,
+    compare_copies,
+    compare_values,
+    match_models,
+)
 from adapterops.judging.verdict import Cause, Judged, judge
+from adapterops.rounding.grid import ulp
 from adapterops.rounding.precision import exact_arithmetic
 from tests import broken_merges as merges
 from tests.broken_merges import Adapter, adapter, exact, nearest, pair, weight
@@ -183,11 +190,10 @@ def test_declared_random_rounding():
         return ((bits + noise) & ~0xFFFF).view(torch.float32).bfloat16()
 
     after = stochastic(exact(W, [one]))
-    assert judge(pair(W, after, [one])).implementation == "failed"
-    found = judge(pair(W, after, [one]), faithful=True)
-    assert (found.implementation, found.rung) == ("ok", 6)
+    found = judge(pair(W, after, [one]), faithful=1)
+    assert (found.implementation, found.rung, found.route.guessed) == ("ok", 6, False)
     strong = stochastic(exact(W, [one], 1.04))
-    assert judge(pair(W, strong, [one]), faithful=True).implementation == "failed"
+    assert judge(pair(W, strong, [one]), faithful=1).implementation == "failed"
 
 
 # Scale errors
@@ -514,6 +520,25 @@ def judged(base: Path, baked: Path, one: Adapter, made: Changes | None = None) -
     return result
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("model.", ""), ("", "model."), ("transformer.", ""), ("model.", "language_model.model.")],
+)
+def test_tensors_below_a_renamed_word(before, after):
+    """They have no module of their own; the layers beside them tell what the word became."""
+    names = ("layers.0.q.weight", "layers.0.q.bias", "norm.gamma", "scale", "rotary.freqs")
+    wanted = {f"{before}{name}": (4, n + 1) for n, name in enumerate(names)}
+    there = {
+        f"{after}{n}": replace(merges.ref(torch.ones(shape), n), shape=shape)
+        for n, shape in zip(names, wanted.values(), strict=True)
+    }
+    expected = dict(zip(wanted, there, strict=True))
+    assert match(wanted, there) == expected
+    changed = {**there, f"{after}scale": replace(there[f"{after}scale"], shape=(9,))}
+    del expected[f"{before}scale"]
+    assert match(wanted, changed) == expected
+
+
 def models(
     tmp_path: Path, dtype: str = "BF16", scale: float = 1.0, size: float = 5e-3, **options: object
 ) -> tuple[Path, dict[str, np.ndarray], Adapter]:
@@ -674,6 +699,194 @@ def test_harmless_config_changes(tmp_path):
     base, after, one = models(tmp_path)
     baked = save(tmp_path, after, transformers_version="5.0", torch_dtype="bfloat16")
     assert judged(base, baked, one).implementation == "ok"
+
+
+ROPE = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}
+SIZED = {
+    **CONFIG,
+    **ROPE,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "attention_bias": False,
+    "partial_rotary_factor": 0.5,
+    "max_position_embeddings": 2048,
+}
+V5_ROPE = {
+    "rope_theta": None,
+    "rope_scaling": None,
+    "partial_rotary_factor": None,
+    "rope_parameters": {
+        "rope_type": "linear",
+        "factor": 4,
+        "rope_theta": 500000,
+        "partial_rotary_factor": 0.5,
+    },
+}
+
+
+def config_findings(tmp_path: Path, before: dict, after: dict) -> list[Finding]:
+    """What two models of these configs differ in; an entry that is None is not there."""
+    both = [
+        open_model(write(tmp_path / name, tensors(), "BF16", {k: v for k, v in given.items()
+                                                              if v is not None}))
+        for name, given in (("base", before), ("baked", after))
+    ]  # fmt: skip
+    return compare_configs(*both, Changes(targets={}))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rope_theta": 1e4},
+        {"rope_theta": None},
+        {"rope_scaling": None},
+        {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+        {"partial_rotary_factor": 0.25},
+        {**V5_ROPE, "rope_parameters": {**V5_ROPE["rope_parameters"], "rope_theta": 1e4}},
+        {**V5_ROPE, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+        {**V5_ROPE, "rope_parameters": None},
+        {"attention_bias": True},
+        {"logit_scale": 0.5},
+        {"final_logit_softcapping": 20.0},
+        {"activation_function": "relu"},
+        {"layer_norm_epsilon": 1e-3},
+        {"num_experts_per_tok": 1},
+        {"norm_topk_prob": False},
+        {"position_embedding_type": "relative"},
+        {"architectures": ["MistralForCausalLM"]},
+        {"some_new_entry": 2},
+        {"text_config": {"qk_norm": True}},
+    ],
+    ids=lambda changed: ",".join(f"{k}={v}" for k, v in changed.items())[:60],
+)
+def test_every_entry_decides_unless_it_is_harmless(tmp_path, changed):
+    base = {
+        **SIZED,
+        "logit_scale": 1.0,
+        "final_logit_softcapping": 30.0,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "position_embedding_type": "absolute",
+        "some_new_entry": 1,
+        "text_config": {"qk_norm": False},
+    }
+    found = config_findings(tmp_path, base, {**base, **changed})
+    assert found and all(f.kind == "config" for f in found)
+    assert any(f.fails for f in found), found
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        V5_ROPE,
+        {"rope_scaling": {"rope_type": "linear", "factor": 4}},
+        {"torch_dtype": "float16", "dtype": "bfloat16", "transformers_version": "4.30.0"},
+        {"use_cache": False, "eos_token_id": [1, 2], "pad_token_id": 0, "_name_or_path": "x"},
+        {"attention_dropout": 0.1, "resid_pdrop": 0.1, "initializer_range": 0.5},
+        {"id2label": {"0": "x"}, "auto_map": {"AutoConfig": "x.Y"}, "hidden_dropout_prob": 0.2},
+        {"num_key_value_heads": 8, "head_dim": 64, "mlp_bias": False, "pretraining_tp": 1},
+        {"attention_bias": None},
+    ],
+    ids=lambda changed: ",".join(changed)[:60],
+)
+def test_what_savers_rewrite_is_no_finding(tmp_path, changed):
+    more = {"torch_dtype": "bfloat16", "transformers_version": "4.40.0", "use_cache": True}
+    base = {**SIZED, **more, "eos_token_id": 2, "attention_dropout": 0.0, "resid_pdrop": 0.0}
+    assert config_findings(tmp_path, base, {**base, **changed}) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"qk_norm": True}, "qk_norm True, the base none"),
+        ({"hidden_act": None}, "no hidden_act, the base 'silu'"),
+        ({"max_position_embeddings": 4096}, "max_position_embeddings 4096"),
+        ({"head_dim": 32}, "head_dim 32"),
+    ],
+)
+def test_what_only_one_config_has_is_a_note(tmp_path, changed, said):
+    base = {**SIZED, "hidden_act": "silu"}
+    (found,) = config_findings(tmp_path, base, {**base, **changed})
+    assert not found.fails and said in found.text
+
+
+def test_gemmas_first_configs(tmp_path):
+    base = {**CONFIG, "hidden_act": "gelu", "tie_word_embeddings": False}
+    tanh = {**base, "hidden_act": "gelu_pytorch_tanh"}
+    assert [f.fails for f in config_findings(tmp_path, base, tanh)] == [True]
+    base, tanh = ({**each, "model_type": "gemma"} for each in (base, tanh))
+    assert config_findings(tmp_path / "x", base, tanh) == []
+
+
+def test_rotary_embeddings_of_two_kinds_of_layers(tmp_path):
+    flat = {**CONFIG, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0}}  # fmt: skip
+    parts = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    assert config_findings(tmp_path, flat, {**CONFIG, "rope_parameters": parts}) == []
+    swapped = dict(zip(parts, reversed(parts.values()), strict=True))
+    found = config_findings(tmp_path / "x", flat, {**CONFIG, "rope_parameters": swapped})
+    assert any(f.fails for f in found)
+
+
+def test_a_base_that_went_through_float16(tmp_path):
+    """Weights below float16's normal numbers, merged there and cast back."""
+    rng = np.random.default_rng(3)
+    given = {**tensors(), "model.tiny.weight": 1e-5 * rng.standard_normal((64, 512))}
+    given[f"{MODULE}.weight"] *= 1e-3
+    base = write(tmp_path / "base", given, "BF16", CONFIG)
+    one = adapter(torch.bfloat16, size=5e-6)
+    model = open_model(base)
+    held = {n: torch.from_numpy(x).half() for n, x in values_of(model).items()}
+    held[f"{MODULE}.weight"] += (one.scale * (one.B.float() @ one.A.float())).half()
+    after = {name: value.double().numpy() for name, value in held.items()}
+    found = judged(base, save(tmp_path, after), one)
+    assert found.tensors[f"{MODULE}.weight"].implementation == "ok", found.tensors
+    said = {f.name: f for f in found.findings}
+    assert found.implementation == "failed" and "model.tiny.weight" in said
+    assert all(f.kind == "cast" and "went through float16, which" in f.text for f in said.values())
+    after["model.tiny.weight"][3, 4] += 1e-5
+    spoilt = write(tmp_path / "spoilt", after, "BF16", CONFIG)
+    kinds = {f.name: f.kind for f in judged(base, spoilt, one).findings}
+    assert kinds["model.tiny.weight"] == "changed"
+
+
+def stochastic(T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """T rounded up or down at random, so that the mean is T."""
+    step = ulp(T, dtype)
+    noise = torch.rand(T.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return ((T / step + noise).floor() * step).to(dtype)
+
+
+@pytest.mark.parametrize("size", [2e-4, 2e-3, 2e-2])
+@pytest.mark.parametrize("base", ["bf16", "fp16"])
+def test_a_faithful_rounding_that_nothing_tells_of(base, size):
+    W, one = weight(BASES[base], 512, 1024), adapter(torch.float32, 512, 1024, size=size)
+    T = exact(W, [one])
+    found = judge(pair(W, stochastic(T, BASES[base]), [one]))
+    assert (found.implementation, found.rung) == ("ok", 6)
+    assert "neighbour of the right sum" in found.model
+    D = T - W.double()
+    step = ulp(T, BASES[base])
+    cut = ((T.abs() / step).floor() * step * T.sign()).to(BASES[base])
+    assert judge(pair(W, cut, [one])).implementation == "failed"
+    for factor in (0.0, 0.5, 1.1, 2.0, -1.0):
+        for rounded in (nearest, stochastic):
+            spoilt = rounded(W.double() + factor * D, BASES[base])
+            assert judge(pair(W, spoilt, [one])).implementation == "failed", (factor, rounded)
+    if size > 2e-3:
+        for rounded in (nearest, stochastic):
+            spoilt = rounded(W.double() + 1.001 * D, BASES[base])
+            assert judge(pair(W, spoilt, [one])).implementation == "failed", rounded
+    spoilt = stochastic(T, BASES[base])
+    spoilt[3, :40] += 4 * step[3, :40].to(BASES[base])
+    assert judge(pair(W, spoilt, [one])).implementation == "failed"
 
 
 def given_values(name: str, values: np.ndarray, shape: tuple[int, int], **more: object) -> Values:

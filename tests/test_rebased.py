@@ -29,7 +29,7 @@ from adapterops.formats.model import AdapterFile, Site
 from adapterops.rebased import dora
 from adapterops.rebased.dora import Dora, Residual
 from adapterops.rebased.rebase import rebase
-from tests import peft_models
+from tests import ldm_checkpoints, peft_models
 from tests.support import pairs, write_kohya, write_peft
 
 pytest.importorskip("peft")
@@ -553,6 +553,94 @@ def test_diffusers_beside_a_pipeline(use_dora: bool | None, tmp_path: Path) -> N
     found = dense(file.sites["unet.mid_block.q"])
     np.testing.assert_allclose(found, scaled - W, atol=1e-13)
     assert set(file.config) == {"unet.r", "unet.lora_alpha"}
+
+
+class TestOtherNames:
+    """The lookup of baking, where the weight is a tensor of its own."""
+
+    @staticmethod
+    def file(path: Path, stem: str, shape: tuple[int, int]) -> AdapterFile:
+        kohya = stem.startswith("lora_")
+        B, A = pairs(3, {stem: shape}, 2)[stem]
+        m = np.full(shape[0], 2, np.float32)
+        if kohya:
+            write_kohya(path, {stem: (B, A)}, alpha=2.0)
+            save_file({**_loaded(path), f"{stem}.dora_scale": m[:, None]}, path)
+        else:
+            names = {"lora_A.weight": A, "lora_B.weight": B, "lora_magnitude_vector": m}
+            tensors = {f"{stem}.{name}": value for name, value in names.items()}
+            save_file(tensors, path, {"lora_adapter_metadata": json.dumps({"unet.r": 2})})
+        return read_adapter(path)
+
+    @staticmethod
+    def sd(folder: Path, *, second: bool = False) -> Any:
+        size = ldm_checkpoints.TINY
+        shapes = ldm_checkpoints.sd2(size, 16, 2) if second else ldm_checkpoints.sd1(size, 16, 2)
+        shapes = {n: s for n, s in shapes.items() if not n.startswith("first_stage_model")}
+        rng = np.random.default_rng(5)
+        values = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+        return saved(folder / "base", values)
+
+    @pytest.mark.parametrize(
+        ("stem", "shape", "name"),
+        [
+            pytest.param(
+                "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+                (32, 32),
+                "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight",
+                id="diffusers",
+            ),
+            pytest.param(
+                "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k",
+                (32, 16),
+                "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+                id="kohya",
+            ),
+            pytest.param(
+                "lora_te_text_model_encoder_layers_1_mlp_fc1",
+                (64, 16),
+                "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.weight",
+                id="text encoder",
+            ),
+        ],
+    )
+    def test_on_a_checkpoint_in_one_file(
+        self, stem: str, shape: tuple[int, int], name: str, tmp_path: Path
+    ) -> None:
+        base = self.sd(tmp_path)
+        file = rebase(self.file(tmp_path / "a.safetensors", stem, shape), base)
+        assert file.sites[stem].parts["base"].name == name
+        W = base.tensors[name].read().astype(float)
+        norms = np.linalg.norm(W.reshape(shape) + dense(file.sites[stem]), axis=1)
+        np.testing.assert_allclose(norms, 2)
+
+    def test_a_weight_fused_with_others(self, tmp_path: Path) -> None:
+        """open_clip's in_proj_weight."""
+        stem = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+        file = self.file(tmp_path / "a.safetensors", stem, (16, 16))
+        with pytest.raises(UnsupportedError, match=r"in_proj_weight', which holds other modules"):
+            rebase(file, self.sd(tmp_path, second=True))
+
+    @pytest.mark.parametrize(
+        ("own", "there", "error"),
+        [
+            pytest.param("q_proj", ["qkv_proj"], "qkv_proj', which holds other modules", id="q"),
+            pytest.param(
+                "qkv_proj", ["q_proj", "k_proj"], r"in 2 tensors, '.*k_proj' and", id="qkv"
+            ),
+            pytest.param("up_proj", ["gate_up_proj"], "which holds other modules", id="up"),
+        ],
+    )
+    def test_a_language_model_that_fuses(
+        self, own: str, there: list[str], error: str, tmp_path: Path
+    ) -> None:
+        stem = f"model.layers.0.{own}"
+        m = {f"base_model.model.{stem}.lora_magnitude_vector": np.ones(6, np.float32)}
+        write_peft(tmp_path / "a", pairs(1, {stem: (6, 4)}, 2), extras=m, use_dora=True)
+        names = {f"layers.0.{name}.weight": np.ones((18, 4), np.float32) for name in there}
+        base = saved(tmp_path / "base", names)
+        with pytest.raises(UnsupportedError, match=error):
+            rebase(read_adapter(tmp_path / "a"), base)
 
 
 class TestMLX:

@@ -48,7 +48,16 @@ def locate(
             raise _another_shape(file, base, stem, sites[stem].shape, ways[stem][0][0])
     chosen, notes = _oriented(file, base, sites, fitting)
     changed = {name: _delta(file, base, name, found) for name in deltas}
-    return Located(chosen, changed, tuple(notes))
+    return Located(chosen, changed, (*_renamed(file, base, found), *notes))
+
+
+def _renamed(file: AdapterFile, base: Base, found: Addresses) -> list[str]:
+    """A note of the names that are not the checkpoint's own."""
+    pairs = [f"{own!r} as {other!r}" for own, other in found.renaming.telling.items()]
+    if not pairs:
+        return []
+    where = f"found under other names in {base.model.path}"
+    return [f"{file.path}: modules below {', '.join(pairs)}, {where}"]
 
 
 def _ways(site: Site, stem: str, base: Base, found: Addresses) -> list[Reading]:
@@ -89,7 +98,15 @@ def _oriented(
     who += "" if kind else "fan_in_fan_out in the adapter's config"
     plural = "square weight" if count == 1 else "square weights"
     note = f"{file.path}: {count} {plural} of {base.model.path} taken as (in, out), {who}"
-    return chosen, [note] if count else []
+    notes = [note] if count else []
+    linear = sum(weights.is_misflagged(file, stem) and not turned[stem] for stem in square)
+    if linear and not kind:
+        notes.append(
+            f"{file.path}: {linear} square weights of {base.model.path} taken as (out, in): "
+            "fan_in_fan_out in the adapter's config is for Conv1D, and PEFT resets it for layers "
+            "of such names"
+        )
+    return chosen, notes
 
 
 def _delta(file: AdapterFile, base: Base, name: str, found: Addresses) -> Piece:

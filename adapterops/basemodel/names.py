@@ -13,9 +13,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from adapterops.basemodel.heads import Head, clashing, likeness, related
 from adapterops.formats import Site
 
-Head = tuple[str, ...]
 _NUMBERED_EXPERT = re.compile(r"(?P<block>.*)\.switch_mlp\.(?P<leaf>\w+)\[(?P<index>\d+)\]$")
 _EXPERT = re.compile(r"\[\d+\]$")
 # Prefixes of flat stems, the part of the model they mean, and how checkpoints call that part.
@@ -25,6 +25,11 @@ _FLAT = (
 )
 _TEXT_MODEL = "text_model_"  # a level that transformers 5 left out of CLIPTextModel
 _TEXT = re.compile(r"text_encoder|cond_stage_model|conditioner|text_encoders|clip|t5")
+_NUMBERED = (  # text encoders by number; SDXL's refiner has only the second
+    (re.compile(r"text_encoder_(?P<number>\d)\."), ""),
+    (re.compile(r"conditioner\.embedders\.(1\.|0\.model\.)|text_encoders\.clip_g\."), "2"),
+    (re.compile(r"text_encoders\.t5xxl\."), "3"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +85,20 @@ def find(
         for path in _spellings(site):
             head, tail = split(path)
             waiting[head][tail].append(stem)  # experts share a tensor
+    below: dict[Head, set[str]] = defaultdict(set)
+    for path in found.values():
+        head, tail = split(path)
+        below[head].add(tail)
     for head, tails in waiting.items():
-        other = _renamed(head, list(tails), names)
-        if other is None:
+        below[head] |= tails.keys()
+    moved = {head: _renamed(head, list(tails), names) for head, tails in waiting.items()}
+    kept = {head: head for head in below.keys() - waiting.keys()}
+    sure = {head: other for head, other in moved.items() if other is not None}
+    lost = clashing({**kept, **sure}, below)
+    for head, other in sure.items():
+        if head in lost:
             continue
-        for tail, stems in tails.items():
+        for tail, stems in waiting[head].items():
             if tail in names.heads[other]:
                 path = ".".join((*other, tail))
                 for stem in stems:
@@ -116,20 +130,18 @@ def split(path: str) -> tuple[Head, str]:
 def _renamed(head: Head, tails: Sequence[str], names: Names) -> Head | None:
     """What the checkpoint has before its numbers where an adapter has `head`.
 
-    Longer by some words or shorter (a model with and without its task's head), else as many words
-    in common as possible; None where two are equally good.
+    Of those that it may be called, one that holds most of `tails`; None where two are equally good.
     """
-    candidates = [h for h, there in names.heads.items() if any(t in there for t in tails)]
+    holding = [h for h, there in names.heads.items() if any(t in there for t in tails)]
+    candidates = [h for h in holding if related(head, h, names.heads)]
 
-    def rank(other: Head) -> tuple[int, bool, int]:
-        hits = sum(tail in names.heads[other] for tail in tails)
-        short, long = sorted((head, other), key=len)
-        return hits, long[len(long) - len(short) :] == short, len(set(head) & set(other))
+    def rank(other: Head) -> tuple[int, tuple[bool, bool, int]]:
+        return sum(tail in names.heads[other] for tail in tails), likeness(head, other)
 
     best = sorted(candidates, key=rank, reverse=True)
     if not best or (len(best) > 1 and rank(best[0]) == rank(best[1])):
         return None
-    return best[0] if rank(best[0])[1] or rank(best[0])[2] else None
+    return best[0] if best else None
 
 
 def unflattened(stem: str, names: Names) -> str | None:
@@ -143,8 +155,15 @@ def unflattened(stem: str, names: Names) -> str | None:
         mine = [p for p in paths if bool(_TEXT.match(p)) == (part == "text")] or list(paths)
         number = found.groupdict().get("number")
         if number:
-            folder = "text_encoder" if number == "1" else f"text_encoder_{number}"
-            named = [p for p in mine if p.startswith("text_encoder")]
-            mine = [p for p in mine if p not in named or p.startswith(f"{folder}.")]
+            mine = [path for path in mine if _number(path) == number]
         return mine[0] if len(mine) == 1 else None
     return None
+
+
+def _number(path: str) -> str:
+    """Which text encoder a module is of; the first has no number in its name."""
+    for pattern, number in _NUMBERED:
+        found = pattern.match(path)
+        if found:
+            return number or found["number"]
+    return "1"

@@ -13,7 +13,8 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from adapterops.basemodel.names import Head, split
+from adapterops.basemodel.heads import Head, clashing, is_plain, likeness, related
+from adapterops.basemodel.names import split
 from adapterops.errors import IncompatibleError
 from adapterops.formats import diffusers
 
@@ -37,10 +38,19 @@ class Renaming:
         head, tail = split(path)
         if head in self.heads:
             return ".".join((*self.heads[head], tail))
-        for own, other in sorted(map(_changed, self.heads.items()), key=_length, reverse=True):
+        for own, other in sorted(map(changed, self.heads.items()), key=_length, reverse=True):
             if head[: len(own)] == own:
                 return ".".join((*other, *head[len(own) :], tail))
         return path
+
+    @property
+    def telling(self) -> dict[str, str]:
+        """The heads whose other name is more than one with or without `model.`."""
+        return {
+            ".".join(own): ".".join(other)
+            for own, other in self.heads.items()
+            if not is_plain(own, other)
+        }
 
 
 def renaming(
@@ -55,8 +65,9 @@ def renaming(
 
     `holds(stem, path, by_shape)` says whether the checkpoint has a module at a path, and if asked
     to, of the right shape. A head that holds everything keeps its name; else the other must hold
-    everything, by shape if one does, and share a word or end as the first does. In a `pipeline`
-    models keep their folders. Raises IncompatibleError where two heads are equally good.
+    everything, by shape if one does, and be a name of the same part of the model; two heads do not
+    become one. In a `pipeline` models keep their folders. Raises IncompatibleError where two heads
+    are equally good.
     """
     below: dict[Head, list[str]] = defaultdict(list)
     for stem, path in paths.items():
@@ -72,7 +83,8 @@ def renaming(
         if all(held(head, False)):
             found[head] = head
             continue
-        others = [h for h in heads if _related(head, h) and not (pipeline and _leaves(head, h))]
+        others = [h for h in heads if related(head, h, heads)]
+        others = [h for h in others if not (pipeline and _leaves(head, h))]
         full = [h for h in others if all(held(h, True))] or [
             h for h in others if all(held(h, False))
         ]
@@ -82,13 +94,17 @@ def renaming(
         alike = [head] if any(held(head, False)) else [head, *others]
         best = max(alike, key=lambda other: sum(held(other, False)))
         lacking += [stem for stem, there in zip(stems, held(best, False), strict=True) if not there]
+    tails = {head: [split(paths[stem])[1] for stem in stems] for head, stems in below.items()}
+    for head in clashing(found, tails):
+        del found[head]
+        lacking += below[head]
     return Renaming(found, tuple(lacking))
 
 
 def _best(head: Head, full: Sequence[Head], where: str) -> Head:
     """The most alike of the heads that hold everything."""
-    ranked = sorted(full, key=lambda other: _likeness(head, other), reverse=True)
-    if len(ranked) > 1 and _likeness(head, ranked[0]) == _likeness(head, ranked[1]):
+    ranked = sorted(full, key=lambda other: likeness(head, other), reverse=True)
+    if len(ranked) > 1 and likeness(head, ranked[0]) == likeness(head, ranked[1]):
         one, other = sorted(ranked[:2])
         raise IncompatibleError(
             f"modules below {'.'.join(head) or 'the root'!r} may be those below "
@@ -98,27 +114,13 @@ def _best(head: Head, full: Sequence[Head], where: str) -> Head:
     return ranked[0]
 
 
-def _likeness(head: Head, other: Head) -> tuple[bool, int]:
-    return _ends_alike(head, other), len(set(head) & set(other))
-
-
-def _related(head: Head, other: Head) -> bool:
-    return any(_likeness(head, other))
-
-
-def _ends_alike(head: Head, other: Head) -> bool:
-    """Whether one is the other with words in front."""
-    short, long = sorted((head, other), key=len)
-    return long[len(long) - len(short) :] == short
-
-
 def _leaves(head: Head, other: Head) -> bool:
     """Whether a module would leave the model of a pipeline that it names."""
     part = diffusers.component(".".join(head))
     return bool(part) and other[:1] != (part,)
 
 
-def _changed(pair: tuple[Head, Head]) -> tuple[Head, Head]:
+def changed(pair: tuple[Head, Head]) -> tuple[Head, Head]:
     """What differs in front of two heads; equal ones are equal in their first words."""
     own, other = pair
     if own == other:

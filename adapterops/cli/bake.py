@@ -21,7 +21,7 @@ from adapterops.cli.weights import split_weights
     default="exact",
     show_default=True,
     type=click.Choice(["exact", "nearest", "stochastic", "compensated"]),
-    help="How sums are rounded: see below.",
+    help="How sums are rounded: see above.",
 )
 @click.option(
     "--dtype",

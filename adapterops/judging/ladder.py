@@ -10,8 +10,10 @@ element if |E| is within its bound; each bound holds those below it.
     3  16-bit      + Σ ½ulp(cBA) + ½c·ulp(BA): each D computed in 16 bits
     4  factors     + 2·2⁻ᵖ⁻¹·c|B||A|: factors rounded to 16 bits, or TF32's 10 bits of mantissa
     5  sequence    h(M) becomes k·h(|W| + Σ|D|): k adapters, or a cast of W, rounded in turn;
-                   of one in bfloat16, + ½ulp in float16, by way of which it may have come
-    6  faithful    2h(M) + b: a neighbour of T; only where provenance names such a rounding
+                   of one in bfloat16, + ½ulp in float16 each time, by way of which it may have
+                   come, and + 2·2⁻²⁵ for its subnormal W and D
+    6  faithful    2h(M) + b: a neighbour of T; only where provenance names such a rounding,
+                   k·2h(|W| + Σ|D|) where it names k
 
 u·v bounds what float32 makes of D (`Delta.bounds`), twice: here and in the tool. Of a dense change
 (DoRA) rung 3 allows four roundings of W + D. |E| ≤ |D|, which correct rounding of a W on the grid
@@ -47,6 +49,7 @@ TOLERATED = 1e-6  # share of a tensor's elements that a rung need not explain
 
 _TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _SINGLE, _DOUBLE, _TF32 = 2.0**-24, 2.0**-50, 2.0**-11
+_SUBNORMAL = 2.0**-25  # half of float16's spacing below 2⁻¹⁴, where bfloat16's is finer
 _WIDER = 1 + 2.0**-6  # what was rounded before may lie across a power of two
 _TRIED = 1 << 13  # elements that are tried on the wide rungs before all are
 _HOPELESS = 0.01  # share of these that no rung explains, above which counts are extrapolated
@@ -175,8 +178,8 @@ def _wide(
         reach = (w.abs() + torch.from_numpy(sizes)) * _WIDER
         if how.steps > 1:
             limit += how.steps * half_ulp(reach, (how.grid,)) - near
-        elif how.grid == "BF16":
-            limit += half_ulp(reach, ("F16",))
+        if how.grid == "BF16":
+            limit += how.steps * half_ulp(reach, ("F16",)) + 2 * _SUBNORMAL
         wrong &= error > limit
         counts[2] += int(wrong.sum())
     return counts
@@ -215,12 +218,26 @@ def _sizes(
 
 
 def unfaithful(
-    W: torch.Tensor, after: torch.Tensor, D: torch.Tensor, delta: Delta, start: int, grid: str
+    W: torch.Tensor,
+    after: torch.Tensor,
+    D: torch.Tensor,
+    sizes: torch.Tensor,
+    delta: Delta,
+    start: int,
+    grid: str,
+    times: int = 1,
 ) -> int:
-    """How many elements are no neighbour of T: what rung 6 leaves unexplained; D in float64."""
+    """How many elements are no neighbour of T: what rung 6 leaves unexplained; D in float64.
+
+    After several roundings in turn, how many are farther away than those can lead; `sizes` are
+    then Σ|D| of the adapters.
+    """
     u, v = delta.bounds(start, start + W.shape[0])
     T = W.double() + D
     mine = after.double()
-    limit = 2 * half_ulp(torch.maximum(T.abs(), mine.abs()), (grid,))
+    most = torch.maximum(T.abs(), mine.abs())
+    if times > 1:
+        most = torch.maximum(most, _WIDER * (W.double().abs() + sizes))
+    limit = 2 * times * half_ulp(most, (grid,))
     limit += 2 * torch.outer(u.double(), v.double()) + _SINGLE * (W.double().abs() + T.abs())
     return int(((mine - T).abs() > limit).sum())

@@ -48,9 +48,10 @@ class Sums:
 
     `unexplained` counts elements by rung. `outside` counts elements in other rows that differ.
     `nonfinite` are values of W' that are NaN or infinite, `overflow` those where W + D is beyond
-    the type. `expected` is how many codes a correct merge changes. `narrow` are the 16-bit types
-    that it may have been computed in. `coarse` are elements of tiles
-    that lie on a narrower grid, `grid` its name. `margins` counts, in `sampled` elements, what a
+    the type. `expected` is how many codes a correct merge changes. `astray` is how many elements of
+    a faithful merge are not RN(T), on average: Σ |RN(T) − T|/ulp. `narrow` are the 16-bit types
+    that it may have been computed in. `coarse` are elements of tiles that lie on a narrower grid,
+    `grid` its name. `margins` counts, in `sampled` elements, what a
     scale error would change (`trend.margins`).
     """
 
@@ -60,6 +61,7 @@ class Sums:
     nonfinite: int = 0
     overflow: int = 0
     expected: int = 0
+    astray: float = 0.0
     narrow: frozenset[str] = frozenset()
     coarse: int = 0
     grid: str = ""
@@ -217,10 +219,18 @@ def _tile(
     in_single = grid != torch.float32 and delta.is_exact and not route.faithful
     D = single if in_single else delta.double(first, last)
     if route.faithful:
-        count = unfaithful(W, after, D, delta, first, how.grid)
-        x = (after.double() - W.double() - D).view(-1)
+        sizes = torch.zeros_like(D)
+        if route.faithful > 1:
+            parts = [by_input(delta.target, delta.band, index) for index in inputs_of(delta.band)]
+            sizes = sum((part.double(first, last).abs() for part in parts), sizes)
+        count = unfaithful(W, after, D, sizes, delta, first, how.grid, route.faithful)
+        T = W.double() + D
+        x = (after.double() - T).view(-1)
+        off = float(((narrowed(T, grid).double() - T).abs() / ulp(T, grid)).sum())
         trend = regress(x, D, torch.arange(len(x)), first, drift.delta)
-        sums = replace(sums, unexplained=(W.numel(),) * FAITHFUL + (count,), trend=trend)
+        sums = replace(
+            sums, unexplained=(W.numel(),) * FAITHFUL + (count,), trend=trend, astray=off
+        )
     elif len(wrong):
         found = unexplained(W, after, wrong, D, delta, first, how)
         x = after.view(-1)[wrong].double() - rounded.view(-1)[wrong].double()

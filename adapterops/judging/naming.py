@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
-from adapterops.basemodel.names import Head, split
+from adapterops.basemodel.heads import Head
+from adapterops.basemodel.names import split
+from adapterops.basemodel.prefixes import changed
 from adapterops.formats.model import Ref
 
 _Place = tuple[Head, tuple[str, str]]
@@ -20,7 +22,7 @@ def match(wanted: Mapping[str, tuple[int, ...]], there: Mapping[str, Ref]) -> di
     """name in the base -> name in the merged model, for those that have one.
 
     `wanted` are shapes. Equal names belong together, whatever their shapes; what is left is matched
-    by heads.
+    by heads, and what is in none of them (`model.scale`) by what changed in front of these.
     """
     found = {name: name for name in wanted if name in there}
     groups: dict[Head, dict[tuple[str, str], str]] = defaultdict(dict)
@@ -38,7 +40,29 @@ def match(wanted: Mapping[str, tuple[int, ...]], there: Mapping[str, Ref]) -> di
         for tail, name in tails.items() if best is not None else ():
             if best is not None and tail in others[best]:
                 found[name] = others[best].pop(tail)
-    return found
+    return found | _beside(found, wanted, there)
+
+
+def _beside(
+    found: Mapping[str, str], wanted: Mapping[str, tuple[int, ...]], there: Mapping[str, Ref]
+) -> dict[str, str]:
+    """name -> name in the merged model, of what no head has, by the changes in front of heads."""
+    heads = {(_place(name)[0], _place(other)[0]) for name, other in found.items() if name != other}
+    fronts = sorted({changed(pair) for pair in heads}, key=lambda pair: (-len(pair[0]), pair))
+    taken = set(found.values())
+    more: dict[str, str] = {}
+    for name in wanted:
+        words = tuple(name.split("."))
+        if name in found:
+            continue
+        for own, new in fronts:
+            other = ".".join((*new, *words[len(own) :]))
+            fits = other in there and there[other].shape == wanted[name]
+            if words[: len(own)] == own and fits and other not in taken:
+                more[name] = other
+                taken.add(other)
+                break
+    return more
 
 
 def _best(

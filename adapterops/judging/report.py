@@ -20,7 +20,13 @@ from adapterops.judging.ladder import RUNGS
 from adapterops.judging.logits import LogitsReport
 from adapterops.judging.trend import BINS, detectable
 from adapterops.judging.untargeted import Copied, Finding, Matched
-from adapterops.judging.verdict import Cause, Implementation, Judged, Representation
+from adapterops.judging.verdict import (
+    GUESSED,
+    Cause,
+    Implementation,
+    Judged,
+    Representation,
+)
 
 _SHOWN = 3
 
@@ -161,6 +167,7 @@ def report(
         verdict = "undetermined"
     rungs = [t.rung for t in moving if t.implementation == "ok" and t.rung is not None]
     highest = max(rungs, default=None)
+    guessed = any(t.route.guessed for t in moving if t.implementation == "ok")
     total = total_of([t.drift for t in judged])
     changes = sum((np.asarray(t.changes) for t in moving if t.changes is not None), np.zeros(BINS))
     smallest = detectable(changes)
@@ -174,7 +181,7 @@ def report(
         implementation=verdict,
         representation=kept,
         rung=highest,
-        model="" if highest is None else RUNGS[highest],
+        model="" if highest is None else GUESSED if guessed else RUNGS[highest],
         detectable=smallest,
         total=total,
         tensors={t.name: _tensor(t) for t in order},

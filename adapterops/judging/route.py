@@ -28,7 +28,8 @@ class Route:
     `cast`: W first, to the type of W'. `each`: after each adapter. `delta`: the change, or each
     adapter's, to this 16-bit type; `product`: B·A first, then its multiple, where all have one
     factor. `times`: how often it is all added. `half`: all of it in float16, then cast. `faithful`:
-    to any of both neighbours of W + D, which is no way to compute but a promise.
+    so many times to any of both neighbours of a sum, which is no way to compute but a promise;
+    `guessed`: that nobody gave.
     """
 
     cast: bool = False
@@ -37,7 +38,8 @@ class Route:
     product: bool = False
     times: int = 1
     half: bool = False
-    faithful: bool = False
+    faithful: int = 0
+    guessed: bool = False
 
     @property
     def rung(self) -> int:
@@ -48,7 +50,6 @@ class Route:
 
 
 SUM = Route()
-EITHER = Route(faithful=True)
 
 
 def restate(

@@ -50,9 +50,7 @@ def judge_model(
     """
     baked.check_not_quantised()
     matched = match_models(base, baked, changes)
-    history = history_of(baked)
-    options = history[-1].get("options") if history else None
-    faithful = isinstance(options, Mapping) and options.get("round") in _FAITHFUL
+    faithful = _faithful(history_of(base), history_of(baked))
     names = [path for path, _ in adapters]
     jobs: list[Job[Judged | Copied | Finding | None]] = [
         *(_job(name, _judged, _size(pair.target), pair, faithful, names)
@@ -89,6 +87,14 @@ def judge_model(
     return result, matched
 
 
+def _faithful(base: Sequence[Mapping[str, Any]], baked: Sequence[Mapping[str, Any]]) -> int:
+    """How many bakes lie between two models, if one of them rounded to either neighbour, else 0."""
+    made = baked[len(base) :] if baked[: len(base)] == base else baked
+    options = [each.get("options") for each in made]
+    rounds = [each.get("round") for each in options if isinstance(each, Mapping)]
+    return len(made) if any(name in _FAITHFUL for name in rounds) else 0
+
+
 def _job(name: str, kernel: Callable[..., Any], peak: int, *args: object) -> Job[Any]:
     return Job(name, kernel, args, peak)
 
@@ -97,7 +103,7 @@ def _size(target: Target) -> int:
     return _TILES + 24 * sum(target.matrix) * sum(term.site.rank for term in target.terms)
 
 
-def _judged(pair: Pair, faithful: bool, names: Sequence[str]) -> Judged:
+def _judged(pair: Pair, faithful: int, names: Sequence[str]) -> Judged:
     found = judge(pair, faithful)
     if found.implementation != "failed":
         return found

@@ -32,6 +32,10 @@ _BUFFERS = re.compile(
 )
 _MASK = re.compile(r"(^|\.)attn(ention)?\.bias$")
 _ADAPTER = re.compile(r"(^|[._])lora_|\.base_layer\.|^base_model\.model\.")
+_LOST = {
+    torch.float16: "went through float16, which has wider steps below 6.1e-5 and ends at 65504",
+    torch.bfloat16: "went through bfloat16, which keeps 8 bits",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,26 +171,43 @@ def compare_copies(name: str, before: Ref, after: Ref) -> Copied:
         what = f"differs from the base ({before.dtype}, {after.dtype} here)"
         return Copied(name, Finding(name, "changed", what))
     count, wrong, largest, zero = math.prod(before.shape), 0, 0.0, True
+    ways = [torch.float16, torch.bfloat16]
     for start in range(0, count, _BLOCK):
         stop = min(start + _BLOCK, count)
         W, other = (read_rows(ref, (count, 1), start, stop) for ref in (before, after))
         kept = narrowed(W.double(), TORCH[after.dtype]) if W.dtype != other.dtype else W
         differs = ~((kept == other) | (kept.isnan() & other.isnan()))
         wrong += int(differs.sum())
+        ways = [way for way in ways if _is(_by_way_of(W, way, other.dtype), other)]
         zero = zero and not bool(other.any())
         if bool(differs.any()):
             gap = (kept[differs].double() - other[differs].double()).abs()
             largest = max(largest, float(gap.nan_to_num(torch.inf).max()))
     if wrong:
-        return Copied(name, _changed(name, wrong, count, largest, zero))
+        return Copied(name, _changed(name, wrong, count, largest, zero, ways))
     same = before.dtype == after.dtype
     return Copied(name, converted="" if same else f"{before.dtype} to {after.dtype}")
 
 
-def _changed(name: str, wrong: int, count: int, largest: float, zero: bool) -> Finding:
+def _by_way_of(W: torch.Tensor, way: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    """W in a 16-bit type, and then in another type."""
+    return narrowed(narrowed(W.double(), way).double(), dtype)
+
+
+def _is(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _changed(
+    name: str, wrong: int, count: int, largest: float, zero: bool, ways: list[torch.dtype]
+) -> Finding:
     if zero:
         return Finding(name, "zeroed", "is all zeros, and no adapter changes it")
     far = f"by up to {largest:.3g}" if math.isfinite(largest) else "some NaN or infinite"
+    if ways:
+        lost = _LOST[ways[0]]
+        what = f"{lost}: {wrong} of {count} values differ from the base, {far}"
+        return Finding(name, "cast", what)
     what = f"{wrong} of {count} values differ from the base, {far}; no adapter changes it"
     return Finding(name, "changed", what)
 

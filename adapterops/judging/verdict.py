@@ -9,7 +9,7 @@ the last bit, is undetermined: nothing tells a merge from none.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ from adapterops.judging.measure import (
     inputs_of,
     measure,
 )
-from adapterops.judging.route import EITHER, SUM, Route
+from adapterops.judging.route import SUM, Route
 from adapterops.judging.trend import detectable, significant, z_score
 
 Implementation = Literal["ok", "failed", "undetermined"]
@@ -34,6 +34,11 @@ Representation = Literal["ok", "lossy"]
 # From here on the share of the change that its own inputs see as error is worth a warning: twice
 # what a bf16, fp16 or float32 merge of an ordinary adapter (norm above 0.5 % of W's) loses.
 LOSSY = {**NOTABLE, "F32": 1e-5}
+_RANDOM = (0.5, 1.5)  # elements that are not RN(T), over their mean number if rounded faithfully
+GUESSED = (
+    "each weight is a neighbour of the right sum: rounded at random or with feedback, "
+    "e.g. by bake --round compensated without its adapterops.json"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,8 @@ class Judged:
         """How it was computed, in words; "" where nothing explains it."""
         if self.rung is None:
             return ""
+        if self.route.guessed:
+            return GUESSED
         cast = "; the base was rounded to the result's type first" if self.route.cast else ""
         return RUNGS[self.rung] + cast
 
@@ -102,16 +109,20 @@ def lowest(sums: Sums, route: Route) -> int | None:
     return None if found is None else max(found, route.rung)
 
 
-def judge(pair: Pair, faithful: bool = False) -> Judged:
+def judge(pair: Pair, faithful: int = 0) -> Judged:
     """The verdict on one tensor; a wrong one has no cause yet (`diagnosis.diagnose`).
 
-    `faithful`: provenance says that it was rounded at random or with feedback. One pass over both,
-    and others only where that finds many roundings, or a slope that they may have made.
+    `faithful`: provenance says that it was rounded so many times, at random or with feedback. One
+    pass over both, and others only where that finds many roundings, or a slope that they may have
+    made.
     """
-    sums = measure(pair, EITHER if faithful else SUM)
-    found = _verdict(pair, sums, EITHER if faithful else SUM)
-    if faithful or found.rung is None or found.outside or found.nonfinite:
+    first = replace(SUM, faithful=faithful)
+    sums = measure(pair, first)
+    found = _verdict(pair, sums, first)
+    if faithful or found.outside or found.nonfinite:
         return found
+    if found.rung is None:
+        return _either(pair, found)
     if found.implementation != "failed" and not (found.rung == FAITHFUL - 1 and _cast(pair, found)):
         return found
     for route in routes(pair, found, _cast(pair, found)):
@@ -120,6 +131,22 @@ def judge(pair: Pair, faithful: bool = False) -> Judged:
         if other.implementation != "failed" and other.rung is not None and better:
             return other
     return found
+
+
+def _either(pair: Pair, found: Judged) -> Judged:
+    """A tensor that no way to compute explains, as a faithful rounding that nothing tells of.
+
+    That leaves RN(T) as often as T is far from it, at random or with feedback alike. A merge that
+    was rounded to nearest leaves it more seldom unless its scale is far off, which its slope shows;
+    one that was truncated leaves it twice as often.
+    """
+    route = Route(faithful=1, guessed=True)
+    sums = measure(pair, route)
+    share = found.unexplained[0] / sums.astray if sums.astray else 0.0
+    if not _RANDOM[0] <= share <= _RANDOM[1]:
+        return found
+    other = _verdict(pair, sums, route)
+    return found if other.implementation == "failed" else other
 
 
 def routes(pair: Pair, found: Judged, cast: bool) -> list[Route]:
