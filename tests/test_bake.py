@@ -5,6 +5,7 @@ The oracle of `exact` is rational arithmetic, elsewhere a dense sum in float64 r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -216,6 +217,26 @@ class TestRounding:
         gains = [report.total.gain for report in reports]
         assert abs(np.mean(gains) - 1) < 5 * np.sqrt(7 / 8 * 8 / (8 * 64 * 48))
         assert bake(base, one, out=tmp_path / "o").total.gain == 0
+
+    @pytest.mark.parametrize("scoped", [True, False], ids=["context", "default"])
+    @pytest.mark.parametrize("mode", ROUNDS)
+    def test_the_users_default_device_does_not_matter(
+        self, mode: str, scoped: bool, tmp_path: Path
+    ) -> None:
+        base, one = model(tmp_path / "m"), adapter(tmp_path / "a")
+        options: dict[str, Any] = {"round": mode, "jobs": 2}
+        bake(base, one, out=tmp_path / "plain", **options)
+        try:
+            with torch.device("meta") if scoped else contextlib.nullcontext():
+                if not scoped:
+                    torch.set_default_device("meta")
+                bake(base, one, out=tmp_path / "o", reversible=True, **options)
+                unbake(tmp_path / "o", out=tmp_path / "back")
+                assert torch.empty(1).is_meta
+        finally:
+            torch.set_default_device(None)
+        assert stored(tmp_path / "o") == stored(tmp_path / "plain")
+        assert stored(tmp_path / "back") == stored(base)
 
     def test_compensated_keeps_what_nearest_loses(self, tmp_path: Path) -> None:
         """In a matrix of (out, in), and in an embedding, where inputs run along rows."""
@@ -739,6 +760,21 @@ class TestPrediction:
         names = ["a", "m", "o.safetensors"] + ["o.adapterops.json"] * (layout == "file")
         nothing_but(tmp_path, *sorted(names))
         bake(base, one, out=tmp_path / "p.safetensors", max_drift=1.01 * found)
+
+    def test_compensated_down_the_rows_is_predicted(self, tmp_path: Path) -> None:
+        """GPT-2 stores (in, out): feedback goes down the rows, the sample is of columns."""
+        name, shape = "h.0.attn.c_attn", (96, 288)
+        B, A = pairs(3, {name: shape[::-1]}, 4)[name]
+        one = write_peft(tmp_path / "a", {name: (3e-3 * B, A)}, fan_in_fan_out=True)
+        W = 0.02 * np.random.default_rng(4).standard_normal(shape)
+        config = {"model_type": "gpt2", "n_head": 4, "n_embd": 96}
+        base = bake_models.model(tmp_path / "m", {f"{name}.weight": W}, config=config)
+        first = bake(base, one, out=tmp_path / "o", round="compensated")
+        found = first.total.subspace_error
+        assert first.predicted.subspace_error == pytest.approx(found, rel=0.2)
+        second = bake(base, one, out=tmp_path / "p", round="compensated", max_drift=2 * found)
+        assert stored(tmp_path / "p") == stored(tmp_path / "o")
+        assert second.total == first.total
 
     def test_what_is_lost_is_said_with_what_to_do(self, tmp_path: Path) -> None:
         base, one = model(tmp_path / "m"), adapter(tmp_path / "a", size=1e-4)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from adapterops.baking.delta import Delta, bands
+from adapterops.baking.targets import Target, Term
 from adapterops.rounding.exact import Counts, codes, round_exactly, sum_to_odd
 from adapterops.rounding.precision import exact_arithmetic
 from tests.changes import TORCH, exact_sums, rounded, target
@@ -243,3 +248,47 @@ def test_denormals_are_kept_inside_and_flushed_again_outside():
     with exact_arithmetic():
         pass
     assert halved() == 2.0**-127
+
+
+@pytest.mark.parametrize("mode", ["threads", "here"])
+def test_a_default_device_is_not_used(mode):
+    """A worker thread has none of the caller's, but may have one of its own."""
+    W, pair = some((8, 16), "BF16", 1), (1.0, *factors(8, 16, 3, 2, 0.02))
+
+    def under() -> bytes:
+        with torch.device("meta"), exact_arithmetic():
+            return outcome(W, [pair])[0].view(torch.int16).numpy().tobytes()
+
+    expected = outcome(W, [pair])[0].view(torch.int16).numpy().tobytes()
+    if mode == "here":
+        assert under() == expected
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(under).result() == expected
+
+
+@pytest.mark.parametrize("inputs", ["columns", "rows"])
+def test_large_factors_are_held_once_and_let_go(inputs):
+    m, n, rank = 1800, 1400, 256
+    rng = np.random.default_rng(0)
+    B, A = rng.standard_normal((m, rank)), rng.standard_normal((rank, n))
+    site = SimpleNamespace(rank=rank, shape=(m, n), factors=lambda: (B.copy(), A.copy()))
+    term = Term(0, 0.5, site, slice(0, m), slice(0, n))
+    target = Target("x", None, (m, n), (term,), (), inputs)
+    delta = Delta(target, bands(target)[0])
+    tracemalloc.start()
+    try:
+        both = B.nbytes + A.nbytes
+        assert delta.factors.fits
+        held, peak = tracemalloc.get_traced_memory()
+        assert held < 1.55 * both and peak < 2.2 * both
+        basis = delta.basis()
+        assert tracemalloc.get_traced_memory()[1] <= delta.peak + (4 << 20)
+        noise = delta.noise
+        delta.done(m - 1)
+        assert tracemalloc.get_traced_memory()[0] > 1.5 * both
+        delta.done(1)
+        assert tracemalloc.get_traced_memory()[0] < basis.nbytes + (1 << 20)
+    finally:
+        tracemalloc.stop()
+    assert delta.noise == noise and torch.equal(delta.basis(), basis)

@@ -82,7 +82,7 @@ def test_likely_codes_are_coded_apart(share):
     if share == 0.05:
         assert len(data) < 0.85 * len(residual.encode(true, predicted))
         for start, mask in ((1, likely), (0, None)):  # a part of a frame, or no mask
-            with pytest.raises(ValueError, match="one frame"):
+            with pytest.raises(FormatError, match="all of them at once"):
                 found.restore(start, predicted[start:], None if mask is None else mask[start:])
 
 

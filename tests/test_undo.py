@@ -379,6 +379,22 @@ def first_term(manifest):
     return manifest["tensors"]["model.qk.weight"]["target"]["terms"][0]
 
 
+def terms(manifest):
+    return manifest["tensors"]["model.c_fc.weight"]["target"]["terms"]
+
+
+def small_terms(manifest):
+    """Terms of one element each, all apart, by the first factors."""
+    term = {"factors": 0, "input": 0, "coefficient": 1.0, "outputs": [0, 1, 1], "inputs": [0, 1, 1]}
+    places = (divmod(k, 64) for k in range(5000))
+    small = [term | {"rows": [i, i + 1, 1], "columns": [j, j + 1, 1]} for i, j in places]
+    terms(manifest)[:] = small
+
+
+def said(manifest, how):
+    manifest["tensors"]["model.c_fc.weight"]["how"] = how
+
+
 HOSTILE = {
     "another schema": (lambda m: m.update(schema="adapterops.undo/9"), "no undo file"),
     "an unknown field": (lambda m: m.update(extra=1), "no undo file"),
@@ -391,6 +407,10 @@ HOSTILE = {
     "outputs outside": (lambda m: first_term(m).update(outputs=[0, 97, 1]), "do not fit"),
     "pairs that are not there": (lambda m: m.update(pairs=4), "no usable tensor"),
     "no target": (lambda m: m["tensors"].update({"model.qk.weight": {"how": "rounding"}}), "say"),
+    "terms again and again": (lambda m: terms(m).extend(99 * terms(m)), "twice at one place"),
+    "terms of one place each": (small_terms, "of rank"),
+    "a rounding said to be whole": (lambda m: said(m, "whole"), "and this is none"),
+    "a rounding said to be a difference": (lambda m: said(m, "difference"), "and this is none"),
     "another size": (lambda m: m["source"].update(size=12345), "truncated|follow"),
 }
 

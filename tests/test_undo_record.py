@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
+import zlib
 
 import pytest
 
@@ -23,7 +25,7 @@ def test_a_record_keeps_files_whole(tmp_path):
     record.write_record(path, files, FILES)
     found = record.read_record(path)
     assert list(found.files) == files
-    assert {name: found.kept(name) for name in FILES} == FILES
+    assert {name: b"".join(found.kept(name)) for name in FILES} == FILES
     with pytest.raises(ValueError, match="listed as kept"):
         record.write_record(tmp_path / "other", files, {})
 
@@ -41,4 +43,35 @@ def test_a_kept_file_does_not_grow_when_it_is_read(tmp_path):
     files = [record.FileRecord("a", 10, "0" * 64, "kept")]
     record.write_record(path, files, {"a": bytes(1 << 20)})
     with pytest.raises(FormatError, match="more than 10 bytes"):
-        record.read_record(path).kept("a")
+        list(record.read_record(path).kept("a"))
+
+
+def test_a_kept_file_is_inflated_in_pieces(tmp_path):
+    path, size = tmp_path / record.NAME, 100 << 20
+    record.write_record(path, [record.FileRecord("a", size, "0" * 64, "kept")], {"a": bytes(size)})
+    found = record.read_record(path)
+    tracemalloc.start()
+    try:
+        assert sum(map(len, found.kept("a"))) == size
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda data: data[:-9], lambda data: data[:9] + b"?" + data[10:]]
+)
+def test_what_is_packed_and_damaged_is_refused(spoil, tmp_path, monkeypatch):
+    path, data = tmp_path / record.NAME, bytes(range(256)) * 99
+    compress = zlib.compress
+    monkeypatch.setattr(record.zlib, "compress", lambda data: spoil(compress(data)))
+    record.write_record(path, [listed("a", data)], {"a": data})
+    with pytest.raises(FormatError, match="damaged"):
+        list(record.read_record(path).kept("a"))
+
+
+def test_a_record_of_a_huge_file_is_refused(tmp_path):
+    path = tmp_path / record.NAME
+    record.write_record(path, [record.FileRecord("a", 257 << 20, "0" * 64, "kept")], {"a": b""})
+    with pytest.raises(FormatError, match="cannot have"):
+        record.read_record(path)

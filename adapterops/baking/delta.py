@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 _SINGLE, _DOUBLE = 2.0**-24, 2.0**-53  # unit roundoffs
 _UP = 1 + 2.0**-20  # what is rounded to float32 afterwards stays an upper bound
 _LEAST = 2.0**-149
-_GATHERED = 1 << 21  # numbers gathered at once for single elements
+_GATHERED = 1 << 18  # numbers gathered at once for single elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,7 @@ class Delta:
         self.sign = sign
         self.device = device
         self._lock = threading.RLock()
+        self._left = band.stop - band.start
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -127,8 +128,7 @@ class Delta:
 
     @cached_property
     def _factors(self) -> _Factors:
-        left, c, right = self._stacked()
-        return _prepared(left, c * self.sign, right, self.device)
+        return _prepared(*self._stacked(), self.device)
 
     @cached_property
     def _opened(self) -> list[tuple[float, Rows]]:
@@ -143,13 +143,16 @@ class Delta:
         for term in self.band.terms:
             B, A = term.factors()
             one, other = (A.T, B.T) if term.turned else (B, A)
+            del A, B  # each is let go of as soon as it is copied
             rank = one.shape[1]
             taken, placed = _meeting(term.rows, self.target.matrix[0], self.band)
             left[placed, at : at + rank] = one[taken]
+            del one
             right[at : at + rank, term.columns] = other
+            del other
             c[at : at + rank] = term.coefficient
             at += rank
-        return left[:, :at], c[:at], right[:at]
+        return left, c * self.sign, right
 
     def single(self, start: int, stop: int) -> torch.Tensor:
         """Rows of D in float32, off by at most u·v of `bounds`; dense changes rounded once."""
@@ -181,7 +184,7 @@ class Delta:
         unit = (parts.left.shape[1] + 4) * _DOUBLE * _UP
         return unit * parts.norms[0][self._local(start, stop)], parts.norms[1]
 
-    @property
+    @cached_property
     def noise(self) -> float:
         """The square of what float32 may get wrong of D: one that is no larger counts as none."""
         if self.band.dense:
@@ -225,16 +228,42 @@ class Delta:
         parts = self.factors
         by_columns = self.target.inputs == "columns"
         mine, others = (parts.right.T, parts.left) if by_columns else (parts.left, parts.right.T)
-        scale = np.linalg.norm(mine, axis=0)
-        used = (scale > 0) & (np.linalg.norm(others, axis=0) > 0) & (parts.c != 0)
-        vectors = mine[:, used] / scale[used]
-        if vectors.shape[1] >= vectors.shape[0]:
+        scale = np.empty(len(parts.c))
+        for here in _parts(len(scale), len(mine)):
+            scale[here] = np.linalg.norm(mine[:, here], axis=0)
+        used = (scale > 0) & others.any(axis=0) & (parts.c != 0)
+        length, count = len(mine), int(used.sum())
+        if count >= length:
             return None
+        vectors = mine[:, used]
+        vectors /= scale[used]
         Q, R = np.linalg.qr(vectors)
+        del vectors
         turned, sizes, _ = np.linalg.svd(R)
-        kept = sizes > max(vectors.shape) * _DOUBLE * sizes.max(initial=0.0)
+        kept = sizes > length * _DOUBLE * sizes.max(initial=0.0)
         basis = (Q @ turned[:, kept]).astype(np.float32)
         return torch.from_numpy(basis).to(self.device)
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the factors take at most: float64 and float32 pairs, and making the basis."""
+        rows, columns = self.shape
+        length = columns if self.target.inputs == "columns" else rows
+        span = 0 if self.band.dense else min(self.rank, length)
+        reading = 32 * self.rank * (rows + columns)  # as they come, and side by side
+        basis = 8 * self.rank * (3 * length + 4 * span) if self.rank < length else 0
+        return max(reading, 12 * self.rank * (rows + columns) + basis)
+
+    def done(self, rows: int) -> None:
+        """So many rows are not asked for again; with the last of the band its factors are let go.
+
+        `noise` is kept. What asks for rows nevertheless reads them again.
+        """
+        with self._lock:
+            self._left -= rows
+            if self._left <= 0 and self.band.is_changed and self.noise >= 0:
+                for name in ("_factors", "_opened", "_basis"):
+                    self.__dict__.pop(name, None)
 
     def _local(self, start: int, stop: int) -> slice:
         return slice(start - self.band.start, stop - self.band.start)
@@ -250,18 +279,30 @@ def _meeting(rows: slice, count: int, band: Band) -> tuple[slice, slice]:
     return slice(first, last), slice(at, at + (last - first - 1) * step + 1, step)
 
 
+def _parts(count: int, length: int) -> Iterator[slice]:
+    """Slices of `count` vectors of `length` numbers, few enough for temporaries of any kind."""
+    step = max(1, _GATHERED // max(1, length))
+    return (slice(at, at + step) for at in range(0, count, step))
+
+
 def _prepared(left: Array, c: Array, right: Array, device: str) -> _Factors:
-    largest_l = np.abs(left).max(axis=0, initial=0.0)
-    largest_r = np.abs(right).max(axis=1, initial=0.0)
+    """The factors in float64, which it scales in place, and what is made of them in float32."""
+    largest_l = np.maximum(left.max(axis=0, initial=0.0), -left.min(axis=0, initial=0.0))
+    largest_r = np.maximum(right.max(axis=1, initial=0.0), -right.min(axis=1, initial=0.0))
     shift = np.zeros(len(c), np.int64)
     both = (largest_l > 0) & (largest_r > 0) & (c != 0)
     of_c, of_l, of_r = np.log2([np.abs(c)[both], largest_l[both], largest_r[both]])
     shift[both] = np.rint((of_c + of_r - of_l) / 2)
-    left, right = np.ldexp(left, shift), np.ldexp(right, -shift[:, None])
-    other = c[:, None] * right
+    np.ldexp(left, shift, out=left)
+    np.ldexp(right, -shift[:, None], out=right)
+    narrow = np.empty(left.shape, np.float32), np.empty(right.shape, np.float32)
+    u, v = np.empty(len(left)), np.empty(right.shape[1])
     with np.errstate(over="ignore", under="ignore"):
-        narrow = left.astype(np.float32), other.astype(np.float32)
-    u, v = np.linalg.norm(left, axis=1), np.linalg.norm(other, axis=0)
+        for here in _parts(len(left), len(c)):
+            narrow[0][here], u[here] = left[here], np.linalg.norm(left[here], axis=1)
+        for here in _parts(right.shape[1], len(c)):
+            other = c[:, None] * right[:, here]
+            narrow[1][:, here], v[here] = other, np.linalg.norm(other, axis=0)
     terms = left.shape[1]
     # What underflows in factors or products adds at most half of this, spread over u·v below. It is
     # never 0: no float32 sum settles the sign of a zero.

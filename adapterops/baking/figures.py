@@ -16,9 +16,10 @@ class Drift:
     """The sums of one tensor, or of several.
 
     `inside` is Σ‖E·Q‖², Q an orthonormal basis of what the adapters read (their A's). `changed` and
-    `swallowed` count elements with W′ ≠ W, and with W′ = W though D ≠ 0; `subnormal` those of W′
-    below the normal range where W was not, `clipped` those that a rounding with feedback could not
-    move. Of `ulp_count` elements, a sample of rows, `ulp_max` is the largest |E| in units of
+    `swallowed` count elements with W′ ≠ W, and with W′ = W though D ≠ 0; `clipped` those that
+    a rounding with feedback could not move. `subnormal` counts, only where W and W′ are
+    both float16 and 0 for all other types, elements of W′ below the normal range, W being normal or
+    zero. Of `ulp_count` elements, a sample of rows, `ulp_max` is the largest |E| in units of
     ulp(max(|W|, |W′|)), of W′'s type, and `ulp_sum` is Σ|E| in them.
     """
 

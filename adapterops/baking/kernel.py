@@ -55,7 +55,7 @@ class Found:
 
 def read_rows(ref: Ref, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
     """Rows [start, stop) of a stored tensor seen as a matrix, in its own type."""
-    rows = torch.empty((stop - start, matrix[1]), dtype=TORCH[ref.dtype])
+    rows = torch.empty((stop - start, matrix[1]), dtype=TORCH[ref.dtype], device="cpu")
     width = matrix[1] * rows.element_size()
     raw: memoryview = rows.view(-1).view(torch.uint8).numpy().data
     ref.source.pread_into(ref.offset + start * width, raw)
@@ -72,7 +72,7 @@ def bake_rows(
     """
     target = delta.target
     before = read_rows(target.ref, target.matrix, start, stop)
-    after = torch.empty(before.shape, dtype=TORCH[rounding.dtype])
+    after = torch.empty(before.shape, dtype=TORCH[rounding.dtype], device="cpu")
     if not before.numel():
         return before, after, Found(Drift(), Counts())
     step = max(1, _TILE // max(1, target.matrix[1]))

@@ -39,7 +39,7 @@ def _jobs(
 ) -> Iterator[Job[Drift]]:
     for target in targets:
         how = replace(rounding, dtype=dtype or target.ref.dtype)
-        peak = 24 * sum(target.matrix) * sum(term.site.rank for term in target.terms) + _PEAK
+        peak = max((Delta(target, band).peak for band in bands(target)), default=0) + _PEAK
         yield Job(target.name, _sampled, (target, how, on.device), peak)
 
 

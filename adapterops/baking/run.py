@@ -126,7 +126,7 @@ def _bakes(
         chunks = _chunks(band.start, band.stop, row_bytes, size * (_FEEDBACK if feedback else 1))
         for start, stop in [(band.start, band.stop)] if whole else chunks:
             numbers = (stop - start) * columns
-            peak = _TILES + 2 * numbers * width + 24 * delta.rank * sum(delta.shape)
+            peak = _TILES + 2 * numbers * width + delta.peak
             peak += 40 * numbers if feedback or band.dense or not band.is_changed else 0
             args = (position + start * row_bytes, delta, start, stop, rounding)
             yield Job(target.name, _bake, args, peak)
@@ -150,6 +150,7 @@ def _bake(offset: int, delta: Delta, start: int, stop: int, rounding: Rounding) 
     target, found = delta.target, None
     if delta.band.is_changed:
         _, after, found = bake_rows(delta, start, stop, rounding)
+        delta.done(stop - start)
     else:
         after = cast(read_rows(target.ref, target.matrix, start, stop), rounding.dtype, target)
     return Made(offset, as_bytes(after), target.name, delta, found)

@@ -80,5 +80,5 @@ def exact_arithmetic() -> Iterator[None]:
 
 def _flushes() -> bool:
     """Whether this thread turns denormal results into zeros; torch has a switch and no question."""
-    least = torch.tensor([2.0**-126])
+    least = torch.tensor([2.0**-126], device="cpu")
     return not bool((least / 2).any())

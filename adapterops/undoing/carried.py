@@ -7,6 +7,8 @@ type that holds them exactly.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from adapterops.errors import FormatError
 from adapterops.formats.model import Ref, Site
 
 Slice = tuple[int, int, int]
+_SHARED = 1024  # terms of one pair, as many as a layer has experts or heads
 _TYPES = ("F16", "BF16", "F32", "F64")
 
 
@@ -86,6 +89,7 @@ def target_of(name: str, kept: TargetRecord, ref: Ref, pairs: Sequence[tuple[Ref
     Raises FormatError where the pieces do not fit each other.
     """
     terms = []
+    places: Counter[tuple[int, int]] = Counter()
     for term in kept.terms:
         if not 0 <= term.factors < len(pairs):
             raise _broken(name, f"needs factors {term.factors} of {len(pairs)}", pairs)
@@ -98,6 +102,10 @@ def target_of(name: str, kept: TargetRecord, ref: Ref, pairs: Sequence[tuple[Ref
         if -1 in stored + taken or stored != (taken[::-1] if term.turned else taken):
             what = f"{taken[0]} x {taken[1]} of factors for {stored[0]} x {stored[1]}"
             raise _broken(name, f"has parts that do not fit, {what}", pairs)
+        # What one adapter adds by one pair lies side by side, never twice at one place.
+        places[term.factors, term.input] += max(1, math.prod(stored))
+        if places[term.factors, term.input] > math.prod(kept.matrix):
+            raise _broken(name, f"adds factors {term.factors} twice at one place", pairs)
         terms.append(
             Term(
                 term.input,
@@ -110,6 +118,10 @@ def target_of(name: str, kept: TargetRecord, ref: Ref, pairs: Sequence[tuple[Ref
                 term.inputs and slice(*term.inputs),
             )
         )
+    used = {term.factors for term in kept.terms}
+    total = sum(max(1, term.site.rank) for term in terms)
+    if total > _SHARED * sum(max(1, pairs[index][0].shape[1]) for index in used):
+        raise _broken(name, f"has terms of rank {total} of {len(used)} factors", pairs)
     return Target(name, ref, kept.matrix, tuple(terms), (), kept.inputs)
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from adapterops.baking.beside import Carried
 from adapterops.basemodel import BaseModel
+from adapterops.errors import UnsupportedError
 from adapterops.files import checkpoint
 from adapterops.files.output import SIDECAR
 from adapterops.files.source import LocalFile, read_bytes
 from adapterops.provenance import file_sha256
-from adapterops.undoing.record import FileRecord
+from adapterops.undoing.record import LARGEST, FileRecord
 from adapterops.undoing.undo import FileId
 
 
@@ -70,6 +71,13 @@ def _indexes(base: BaseModel, root: Path, weights: Mapping[str, str]) -> list[st
 def _content(path: Path) -> bytes:
     file = LocalFile(path)
     try:
+        if file.size() > LARGEST:
+            raise UnsupportedError(
+                f"has {file.size()} bytes, and a record of what was baked keeps at most {LARGEST} "
+                "of a file beside the weights",
+                path=path,
+                hint="bake without --reversible",
+            )
         return bytes(read_bytes(file, 0, file.size()))
     finally:
         file.close()

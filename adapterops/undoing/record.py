@@ -7,10 +7,10 @@ configs, indexes and tokenizers that changed are kept whole, compressed; the oth
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -19,11 +19,11 @@ from adapterops.errors import FormatError, UnsafeFileError
 from adapterops.files.appending import AppendWriter, reserve
 from adapterops.files.header import Header
 from adapterops.files.source import LocalFile, read_bytes, read_header
-from adapterops.undoing.undo import inflated
 
 NAME = "adapterops.undo"
 _KEY = "adapterops"
-_LARGEST = 1 << 30
+LARGEST = 256 << 20  # bytes of a config, an index or a tokenizer
+_PIECE = 1 << 20
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,14 +68,46 @@ class Record:
     header: Header
     files: tuple[FileRecord, ...]
 
-    def kept(self, name: str) -> bytes:
-        """The bytes of a file that the record holds."""
+    def kept(self, name: str) -> Iterator[bytes]:
+        """The bytes of a file that the record holds, in pieces of at most 1 MiB.
+
+        Raises FormatError as soon as they are more than were listed, or what is packed is damaged.
+        """
         entry = self.header.tensors.get(f"file.{name}")
         wanted = next(file for file in self.files if file.name == name)
         if entry is None or entry.dtype != "U8":
             raise FormatError(f"does not hold {name!r}: it is damaged", path=self.file.path)
-        packed = read_bytes(self.file, self.header.data_start + entry.start, entry.nbytes)
-        return inflated(bytes(packed), wanted.size, self.file.path)
+        start = self.header.data_start
+        return self._unpacked(start + entry.start, start + entry.end, wanted)
+
+    def _unpacked(self, first: int, last: int, wanted: FileRecord) -> Iterator[bytes]:
+        engine, size = zlib.decompressobj(), 0
+        for at in range(first, last, _PIECE):
+            packed = bytes(read_bytes(self.file, at, min(_PIECE, last - at)))
+            while packed or engine.unconsumed_tail:
+                piece = self._inflated(engine, packed or engine.unconsumed_tail)
+                packed, size = b"", size + len(piece)
+                if size > wanted.size:
+                    raise self._other(wanted, "more")
+                yield piece
+                if not piece:
+                    break
+        if not engine.eof or size != wanted.size:
+            raise self._other(wanted, "other")
+
+    def _other(self, wanted: FileRecord, what: str) -> FormatError:
+        return FormatError(
+            f"{wanted.name!r} decompresses to {what} than {wanted.size} bytes: it is damaged",
+            path=self.file.path,
+        )
+
+    def _inflated(self, engine: Any, packed: bytes) -> bytes:
+        try:
+            return bytes(engine.decompress(packed, _PIECE))
+        except zlib.error as error:
+            raise FormatError(
+                f"cannot be decompressed ({error}): it is damaged", path=self.file.path
+            ) from None
 
 
 def read_record(path: str | Path) -> Record:
@@ -103,6 +135,6 @@ def read_record(path: str | Path) -> Record:
         steps = each.name.split("/")
         if "\\" in each.name or "\0" in each.name or {"", ".", ".."} & set(steps):
             raise UnsafeFileError(f"names {each.name[:80]!r}, outside of its folder", path=path)
-        if not 0 <= each.size <= (_LARGEST if each.how == "kept" else 1 << 62):
+        if not 0 <= each.size <= (LARGEST if each.how == "kept" else 1 << 62):
             raise FormatError(f"{each.name!r} cannot have {each.size} bytes", path=path)
     return Record(file, header, listing.files)

@@ -186,7 +186,10 @@ class Residuals:
             chosen = None
             if frame.chosen:
                 if mask is None or at > first or end < first + frame.size:
-                    raise ValueError(f"codes {first} to {first + frame.size} are one frame")
+                    raise self._broken(
+                        f"codes {frame.chosen} of {frame.size} numbers apart, by a prediction of "
+                        "all of them at once, and this is none"
+                    )
                 chosen = np.flatnonzero(mask[at - start : end - start])
             rest = self._rest(frame, chosen)
             if rest is not None:

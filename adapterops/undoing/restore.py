@@ -142,7 +142,7 @@ def _rounded(undo: Undo, name: str, entry: Entry, ref: Ref) -> _Jobs:
         minus = Delta(target, band, -1.0)
         for start in range(band.start, band.stop, step):
             stop = min(start + step, band.stop)
-            peak = 40 * (stop - start) * columns
+            peak = 40 * (stop - start) * columns + minus.peak
             yield Job(name, _rows, (target, minus, start, stop, TORCH[entry.dtype], rest), peak)
 
 
@@ -151,6 +151,7 @@ def _rows(
 ) -> bytes:
     after = read_rows(target.ref, target.matrix, start, stop)
     guess = predicted(minus, after, start, stop, dtype)
+    minus.done(stop - start)
     mask = likely(guess, after, dtype)
     return rest.restore(start * target.matrix[1], guess, mask).tobytes()
 

@@ -139,7 +139,12 @@ def _restore_one(
     """One file of the base's folder at `path`, its sha256 as recorded."""
     source = folder / file.name
     if file.how == "kept":
-        write_file(path, [record.kept(file.name)])
+        try:
+            write_file(path, record.kept(file.name))
+        except BaseException:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise
         tick(file.size)
     elif file.how == "same":
         duplicate(source, path)

@@ -103,7 +103,7 @@ def _rounded(
         for start in range(band.start, band.stop, step):
             stop = min(start + step, band.stop)
             kernel = partial(_rows, name, minus, before, after, start, stop)
-            yield Job(name, kernel, (), 40 * (stop - start) * columns)
+            yield Job(name, kernel, (), 40 * (stop - start) * columns + minus.peak)
 
 
 def _rows(
@@ -114,6 +114,7 @@ def _rows(
     baked = read_rows(after, matrix, start, stop)
     dtype = TORCH[before.dtype]
     guess = predicted(minus, baked, start, stop, dtype)
+    minus.done(stop - start)
     return name, residual.encode(true, guess, likely(guess, baked, dtype))
 
 
