@@ -187,7 +187,7 @@ class Delta:
     @cached_property
     def noise(self) -> float:
         """The square of what float32 may get wrong of D: one that is no larger counts as none."""
-        if self.band.dense:
+        if self.band.dense or not self.factors.fits:
             return 0.0
         squares = (float((bound.double() ** 2).sum()) for bound in (self.factors.u, self.factors.v))
         return math.prod(squares)
