@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adapterops.adapter import Adapter
 from adapterops.errors import UsageError
-from adapterops.formats import open_adapter_file, read_adapter
+from adapterops.formats import AdapterFile, open_adapter_file, read_adapter
 from adapterops.options import is_number
 
 if TYPE_CHECKING:
@@ -114,28 +114,23 @@ def open_for_base(
     default, single = _alphas(alpha, paths)
     left = open_model(residual) if residual is not None else None
 
-    def opened(item: Input) -> Adapter:
-        if isinstance(item, Adapter):
-            return item
-        path = os.fspath(item)
-        file = read_adapter(
-            path,
-            alpha=single.get(path, default),
-            alpha_wins=path in single,
-            allow_pickle=allow_pickle,
-        )
-        return Adapter(((1.0, rebase(file, base, left)),))
+    def read(path: str, **how: Any) -> AdapterFile:
+        return rebase(read_adapter(path, **how), base, left)
 
-    return [opened(item) for item in adapters]
+    return [_open(item, single, default, allow_pickle, read) for item in adapters]
 
 
 def _open(
-    item: Input, single: Mapping[str, float], default: float | None, allow_pickle: bool
+    item: Input,
+    single: Mapping[str, float],
+    default: float | None,
+    allow_pickle: bool,
+    read: Callable[..., AdapterFile] = open_adapter_file,
 ) -> Adapter:
     if isinstance(item, Adapter):
         return item
     path = os.fspath(item)
-    file = open_adapter_file(
+    file = read(
         path,
         alpha=single.get(path, default),
         alpha_wins=path in single,
