@@ -103,7 +103,8 @@ def for_modules(
                 module=stem,
                 hint=_LEAVE_OUT,
             )
-    names = _matched(activations, sites)
+    flat = any(site.dialect == "kohya" for site in sites.values())
+    names = named(activations, sites, "adapter", flat=flat)
     lacking = [stem for stem in sites if stem not in names]
     if lacking:
         raise IncompatibleError(
@@ -117,6 +118,41 @@ def for_modules(
         if width != site.shape[1]:
             raise _other_size(activations, site, width, base)
     return {stem: activations.modules[name] for stem, name in names.items()}
+
+
+def named(
+    activations: Activations, sought: Iterable[str], owner: str, *, flat: bool = False
+) -> dict[str, str]:
+    """stem -> module of the file, of the stems `sought`, by the change of prefix that finds most.
+
+    `flat` if stems have underscores where the file's names have dots. Raises IncompatibleError
+    where names fit those of the stems' `owner`, adapter or base, in two ways.
+    """
+    separator = "_" if flat else "."
+
+    def spelled(names: Iterable[str]) -> dict[str, str]:
+        return {name.replace(".", "_") if flat else name: name for name in names}
+
+    stems, modules = spelled(sought), spelled(activations.modules)
+    hits: Counter[tuple[str, str]] = Counter()  # (what goes from the stem, what comes before it)
+    for stem in stems:
+        hits.update((p, "") for p in _prefixes(stem, separator) if stem[len(p) :] in modules)
+    for name in modules:
+        hits.update(("", p) for p in _prefixes(name, separator)[1:] if name[len(p) :] in stems)
+    if not hits:
+        return {}
+    most = max(hits.values())
+    best = [change for change, count in hits.items() if count == most]
+    if len(best) > 1 and ("", "") not in best:
+        ways = " or ".join(f"{new or old!r}" for old, new in sorted(best)[:_SHOWN])
+        raise IncompatibleError(
+            f"its modules' names fit the {owner}'s in several ways (a prefix of {ways})",
+            path=activations.path,
+            hint=f"name the modules as the {owner} does",
+        )
+    old, new = ("", "") if ("", "") in best else best[0]
+    wanted = {stem: new + stem[len(old) :] for stem in stems if stem.startswith(old)}
+    return {stems[stem]: modules[name] for stem, name in wanted.items() if name in modules}
 
 
 def base_note(activations: Activations, base: str | None) -> str | None:
@@ -242,36 +278,6 @@ def _digest(source: Source, header: Header) -> str:
         ref = Ref(source, name, entry.dtype, entry.shape, start, entry.nbytes)
         digest.update(ref.sample())
     return digest.hexdigest()
-
-
-def _matched(activations: Activations, sites: Mapping[str, Site]) -> dict[str, str]:
-    """stem -> module of the file, by the one change of prefix that finds most of them."""
-    flat = any(site.dialect == "kohya" for site in sites.values())
-    separator = "_" if flat else "."
-
-    def spelled(names: Iterable[str]) -> dict[str, str]:
-        return {name.replace(".", "_") if flat else name: name for name in names}
-
-    stems, modules = spelled(sites), spelled(activations.modules)
-    hits: Counter[tuple[str, str]] = Counter()  # (what goes from the stem, what comes before it)
-    for stem in stems:
-        hits.update((p, "") for p in _prefixes(stem, separator) if stem[len(p) :] in modules)
-    for name in modules:
-        hits.update(("", p) for p in _prefixes(name, separator)[1:] if name[len(p) :] in stems)
-    if not hits:
-        return {}
-    most = max(hits.values())
-    best = [change for change, count in hits.items() if count == most]
-    if len(best) > 1 and ("", "") not in best:
-        ways = " or ".join(f"{new or old!r}" for old, new in sorted(best)[:_SHOWN])
-        raise IncompatibleError(
-            f"its modules' names fit the adapter's in several ways (a prefix of {ways})",
-            path=activations.path,
-            hint="name the modules as the adapter does",
-        )
-    old, new = ("", "") if ("", "") in best else best[0]
-    wanted = {stem: new + stem[len(old) :] for stem in stems if stem.startswith(old)}
-    return {stems[stem]: modules[name] for stem, name in wanted.items() if name in modules}
 
 
 def _prefixes(name: str, separator: str) -> list[str]:

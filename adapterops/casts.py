@@ -192,6 +192,5 @@ def _round_to_odd(x: Array) -> Array:
 def _torch_view(raw: Array, dtype: str) -> Array:
     import torch
 
-    names = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-    kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-    return raw.view({**names, **kinds, "F64": torch.float64}[dtype])
+    eight = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+    return raw.view(eight.get(dtype) or getattr(torch, FORMATS[dtype].name))

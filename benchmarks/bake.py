@@ -227,26 +227,27 @@ def _ours(W: Any, B: Any, A: Any, scale: float, mode: str) -> Callable[[], None]
     """Our kernel over the matrix, in the pieces that bake cuts; preparing the factors included."""
     import torch
 
-    from adapterops.baking.delta import Delta, bands
+    from adapterops.baking.bands import bands
+    from adapterops.baking.delta import Delta
     from adapterops.baking.kernel import Rounding, bake_rows
-    from adapterops.baking.targets import Target, Term
+    from adapterops.changes.targets import Target, Term
     from adapterops.files.source import MemoryFile
     from adapterops.formats.model import Ref, Site
+    from adapterops.rounding.grid import NAMES
 
     rows, columns = W.shape
-    name = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
     def held(x: Any, label: str) -> Ref:
         raw = x.contiguous().view(torch.uint8).numpy().tobytes()
         source = MemoryFile(label, raw)
-        return Ref(source, label, name[x.dtype], tuple(x.shape), 0, len(raw))
+        return Ref(source, label, NAMES[x.dtype], tuple(x.shape), 0, len(raw))
 
     rank = A.shape[0]
     parts = {"B": held(B, "B"), "A": held(A, "A")}
     site = Site("w", "peft", "lora", "linear", (rows, columns), (), rank, rank, parts, scale=scale)
     term = Term(0, scale, site, slice(0, rows, 1), slice(0, columns, 1))
     target = Target("w", held(W, "w"), (rows, columns), (term,))
-    rounding = Rounding(mode, name[W.dtype])  # type: ignore[arg-type]
+    rounding = Rounding(mode, NAMES[W.dtype])  # type: ignore[arg-type]
     step = max(1, _CHUNK // (2 * columns))
 
     def run() -> None:

@@ -27,8 +27,9 @@ def problem(dtype: str, share: float, rows: int, columns: int, seed: int) -> Any
     import numpy as np
     import torch
 
-    from adapterops.baking.delta import Delta, bands
-    from adapterops.baking.targets import Target, Term
+    from adapterops.baking.bands import bands
+    from adapterops.baking.delta import Delta
+    from adapterops.changes.targets import Target, Term
     from adapterops.files.source import MemoryFile
     from adapterops.formats.model import Ref, Site
 

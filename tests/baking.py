@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from adapterops.baking.targets import Changes, Target
+from adapterops.changes.targets import Changes, Target
 
 
 def dense_change(target: Target) -> np.ndarray[Any, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapterops.baking.targets import Target, Term
+from adapterops.changes.targets import Target, Term
 from adapterops.files.source import MemoryFile
 from adapterops.formats.model import Ref, Site
 from adapterops.judging.measure import Pair

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapterops.baking.targets import Target, Term
+from adapterops.changes.targets import Target, Term
 from adapterops.files.source import MemoryFile
 from adapterops.formats.model import Ref, Site
 

@@ -25,6 +25,7 @@ LAYERS = [
     {"companions"},
     {"save"},
     {"adapter"},
+    {"changes"},
     {"inputs", "difference", "checking", "baking", "undoing"},
     {"judging"},
     {"verbs"},

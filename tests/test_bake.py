@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 import adapterops as ao
 from adapterops import casts
-from adapterops.baking import kernel, run, writing
+from adapterops.baking import measuring, run, writing
 from adapterops.baking import model as baking_model
 from adapterops.basemodel import open_model
 from adapterops.errors import (
@@ -411,7 +411,7 @@ class TestSameBytes:
         cuts = ((8 << 20, 1 << 18), (9_000, 3_000), (70_000, 5_000))
         for number, (size, tile) in enumerate(cuts):
             monkeypatch.setattr(writing, "make", partial(run.make, size=size))
-            monkeypatch.setattr(kernel, "_TILE", tile)
+            monkeypatch.setattr(measuring, "_TILE", tile)
             report = bake(*larger, out=tmp_path / f"o{number}", round=mode, dtype=dtype)
             found = stored(tmp_path / f"o{number}")
             kept = kept or found

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from adapterops.baking.beside import Carried, carried, index_json, index_metadata
-from adapterops.baking.targets import Changes
 from adapterops.basemodel import open_model
+from adapterops.changes.targets import Changes
 from adapterops.errors import FileError, FormatError
 from adapterops.formats import open_adapter_file
 from tests import checkpoints, support

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from adapterops.baking.mapping import changes
 from adapterops.basemodel import BaseModel, open_model
+from adapterops.changes.mapping import changes
 from adapterops.errors import (
     IncompatibleError,
     NumericsError,

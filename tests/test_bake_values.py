@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from adapterops import casts
-from adapterops.baking import entries
 from adapterops.baking.beside import carried
-from adapterops.baking.mapping import changes
-from adapterops.baking.targets import Changes, Target, Values
 from adapterops.basemodel import BaseModel, open_model
+from adapterops.changes import entries
+from adapterops.changes.mapping import changes
+from adapterops.changes.targets import Changes, Target, Values
 from adapterops.errors import FormatError, IncompatibleError, UnsupportedError
 from adapterops.formats import open_adapter_file
 from tests.checkpoints import encode

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adapterops import casts
-from adapterops.baking.targets import DenseTerm, Target, Term
+from adapterops.changes.targets import DenseTerm, Target, Term
 from adapterops.errors import NumericsError
 from adapterops.files.source import MemoryFile
 from adapterops.formats.model import Ref, Site

@@ -13,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from adapterops.errors import FileError
@@ -369,3 +370,45 @@ def test_a_patch_that_fails(function, tmp_path, monkeypatch):
     with pytest.raises(FileError, match="disk is full"), PatchWriter(tmp_path / "a") as writer:
         writer.write(2, b"x")
         writer.finish()
+
+
+@pytest.mark.parametrize("size", [0, 5, 4096, 70_000, 3 * SMALL, 1 << 20])
+def test_given_memory_is_written_as_it_is_wherever_it_lies(size, folder):
+    """Aligned to its place in the file, off by some bytes, between small pieces."""
+    choose = random.Random(size)
+    for number, shift in enumerate([0, 1, 8, 4095]):
+        pieces = [choose.randbytes(choose.choice([0, 3, 777, 4096])), choose.randbytes(size)] * 3
+        data = b"".join(pieces)
+        path = folder / f"{number}"
+        with SequentialWriter(path, len(data)) as writer:
+            position = 0
+            for index, piece in enumerate(pieces):
+                if index % 2:
+                    memory = direct.aligned(len(piece), position + shift)
+                    memory[:] = np.frombuffer(piece, np.uint8)
+                    writer.give(memory.data)
+                else:
+                    writer.append(piece)
+                position += len(piece)
+            writer.finish()
+        assert path.read_bytes() == data
+
+
+def test_aligned_memory_is_written_without_a_copy(tmp_path, monkeypatch):
+    """From its own address, from the first whole block of the file to the last."""
+    seen = []
+    real = os.pwrite
+
+    def recorded(descriptor: int, data: memoryview, offset: int) -> int:
+        seen.append((np.frombuffer(data, np.uint8).ctypes.data, offset, len(data)))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", recorded)
+    memory = direct.aligned(1 << 20, 104)
+    memory[:] = 7
+    with SequentialWriter(tmp_path / "a", 104 + len(memory)) as writer:
+        writer.append(bytes(104))
+        writer.give(memory.data)
+        writer.finish()
+    assert (tmp_path / "a").read_bytes() == bytes(104) + b"\7" * len(memory)
+    assert (memory.ctypes.data + 4096 - 104, 4096, (1 << 20) - 4096) in seen

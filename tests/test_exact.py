@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from adapterops.baking.delta import Delta, bands
-from adapterops.baking.targets import Target, Term
+from adapterops.baking.bands import bands
+from adapterops.baking.delta import Delta
+from adapterops.changes.targets import Target, Term
 from adapterops.rounding.exact import Counts, codes, round_exactly, sum_to_odd
 from adapterops.rounding.precision import exact_arithmetic
 from tests.changes import TORCH, exact_sums, rounded, target

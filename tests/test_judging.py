@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from adapterops.baking.targets import Changes, DenseTerm, Target, Term, Values
 from adapterops.basemodel.model import BaseModel, open_model
+from adapterops.changes.targets import Changes, DenseTerm, Target, Term, Values
 from adapterops.errors import UnsupportedError
 from adapterops.extras import Extra
 from adapterops.judging.configs import compare_configs

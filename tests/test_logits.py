@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterops import casts
-from adapterops.baking.mapping import changes
 from adapterops.basemodel import open_model
+from adapterops.changes.mapping import changes
 from adapterops.errors import IncompatibleError, UnsupportedError, UsageError
 from adapterops.inputs import open_for_base
 from adapterops.judging.logits import LogitsReport, compare_logits

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from adapterops.baking.delta import Delta, bands
-from adapterops.baking.targets import DenseTerm, Target
+from adapterops.baking.bands import bands
+from adapterops.baking.delta import Delta
+from adapterops.changes.targets import DenseTerm, Target
 from adapterops.errors import NumericsError
 from adapterops.rounding import compensated
 from adapterops.rounding.compensated import round_compensated

@@ -11,16 +11,18 @@ import pytest
 import torch
 
 from adapterops import casts
-from adapterops.baking.delta import Delta, bands
-from adapterops.baking.kernel import TORCH, Rounding, bake_rows
+from adapterops.baking.bands import bands
+from adapterops.baking.delta import Delta
+from adapterops.baking.kernel import Rounding, bake_rows
 from adapterops.baking.shards import Copy, Shard
-from adapterops.baking.targets import DenseTerm, Target, Term, Values
+from adapterops.changes.targets import DenseTerm, Target, Term, Values
 from adapterops.errors import FormatError, NumericsError
 from adapterops.extras import Extra
 from adapterops.files.header import encode_header, layout
 from adapterops.files.source import LocalFile, read_header
 from adapterops.formats import open_adapter_file
 from adapterops.provenance import Origin, file_sha256
+from adapterops.rounding.grid import TORCH
 from adapterops.rounding.precision import exact_arithmetic
 from adapterops.stream import Compute
 from adapterops.undoing import saving

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from adapterops import casts
-from adapterops.baking import entries
-from adapterops.baking.targets import Changes
 from adapterops.basemodel import BaseModel
+from adapterops.changes import entries
+from adapterops.changes.targets import Changes
 from adapterops.errors import FormatError
 from adapterops.files import checkpoint
 from adapterops.files.output import SIDECAR

@@ -11,10 +11,9 @@ and squares finite.
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapterops.baking.targets import DenseTerm, Rows, Target, Term
+from adapterops.baking.bands import Band, meeting
+from adapterops.changes.targets import Rows, Target
 
 Array = np.ndarray[Any, Any]
 
@@ -30,45 +30,6 @@ _SINGLE, _DOUBLE = 2.0**-24, 2.0**-53  # unit roundoffs
 _UP = 1 + 2.0**-20  # what is rounded to float32 afterwards stays an upper bound
 _LEAST = 2.0**-149
 _GATHERED = 1 << 18  # numbers gathered at once for single elements
-
-
-@dataclass(frozen=True, slots=True)
-class Band:
-    """Rows [start, stop) of a target's matrix that the same terms change."""
-
-    start: int
-    stop: int
-    terms: tuple[Term, ...]
-    dense: tuple[DenseTerm, ...]
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether anything changes it."""
-        return bool(self.terms or self.dense)
-
-
-def bands(target: Target) -> list[Band]:
-    """The rows of a target, cut wherever a term begins or ends; bands without terms are copied."""
-    rows = target.matrix[0]
-    cuts = {0, rows}
-    for term in target.terms:
-        indices = range(rows)[term.rows]
-        if len(indices):
-            cuts |= {indices[0], indices[-1] + 1}
-    edges = sorted(cuts)
-    return [
-        Band(start, stop, _over(target.terms, rows, start, stop), target.dense)
-        for start, stop in itertools.pairwise(edges)
-    ]
-
-
-def _over(terms: Sequence[Term], rows: int, start: int, stop: int) -> tuple[Term, ...]:
-    found = []
-    for term in terms:
-        indices = range(rows)[term.rows]
-        if len(indices) and indices[0] < stop and indices[-1] >= start:
-            found.append(term)
-    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +106,7 @@ class Delta:
             one, other = (A.T, B.T) if term.turned else (B, A)
             del A, B  # each is let go of as soon as it is copied
             rank = one.shape[1]
-            taken, placed = _meeting(term.rows, self.target.matrix[0], self.band)
+            taken, placed = meeting(term.rows, self.target.matrix[0], self.band)
             left[placed, at : at + rank] = one[taken]
             del one
             right[at : at + rank, term.columns] = other
@@ -154,12 +115,23 @@ class Delta:
             at += rank
         return left, c * self.sign, right
 
-    def single(self, start: int, stop: int) -> torch.Tensor:
-        """Rows of D in float32, off by at most u·v of `bounds`; dense changes rounded once."""
+    def single(self, start: int, stop: int, step: int = 1) -> torch.Tensor:
+        """Every `step`th row of D in float32, off by at most u·v of `bounds`.
+
+        Dense changes are rounded once.
+        """
         if self.band.dense or not self.factors.fits:
-            return self.double(start, stop).float()
+            return self.double(start, stop)[::step].float()
         left, right = self.factors.single
-        return torch.mm(left[self._local(start, stop)], right)
+        return torch.mm(left[self._local(start, stop)][::step], right)
+
+    def onto(self, W: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """W + `single` of some rows in float32, W (rows, n) in its own type."""
+        total = W.to(torch.float32, copy=True)
+        if self.band.dense or not self.factors.fits:
+            return total.add_(self.single(start, stop).to(W.device))
+        left, right = self.factors.single
+        return total.addmm_(left[self._local(start, stop)], right)
 
     def bounds(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(u, v) with |single − D| ≤ u_a·v_b for row a and column b; float32."""
@@ -244,6 +216,28 @@ class Delta:
         basis = (Q @ turned[:, kept]).astype(np.float32)
         return torch.from_numpy(basis).to(self.device)
 
+    def projected(self, start: int, stop: int) -> tuple[torch.Tensor, float] | None:
+        """D·Q of some rows, Q the `basis`, (rows, k) in float32, and the sum of D's elements there.
+
+        None without a basis, where inputs run along rows, or where float32 does not hold factors.
+        """
+        with self._lock:
+            right = self._right
+        if right is None:
+            return None
+        product = self.factors.single[0][self._local(start, stop)] @ right
+        return product[:, :-1], float(product[:, -1].double().sum())
+
+    @cached_property
+    def _right(self) -> torch.Tensor | None:
+        """What takes the float32 left factor to D·Q and, in its last column, to D's row sums."""
+        basis = self.basis()
+        if basis is None or self.target.inputs != "columns" or not self.factors.fits:
+            return None
+        right = self.factors.single[1].double()
+        narrow = torch.cat([right @ basis.double(), right.sum(1, keepdim=True)], dim=1)
+        return narrow.float()
+
     @property
     def peak(self) -> int:
         """Bytes that the factors take at most: float64 and float32 pairs, and making the basis."""
@@ -262,21 +256,11 @@ class Delta:
         with self._lock:
             self._left -= rows
             if self._left <= 0 and self.band.is_changed and self.noise >= 0:
-                for name in ("_factors", "_opened", "_basis"):
+                for name in ("_factors", "_opened", "_basis", "_right"):
                     self.__dict__.pop(name, None)
 
     def _local(self, start: int, stop: int) -> slice:
         return slice(start - self.band.start, stop - self.band.start)
-
-
-def _meeting(rows: slice, count: int, band: Band) -> tuple[slice, slice]:
-    """Of a term's rows those within a band: which of its own, and where they lie in the band."""
-    indices = range(count)[rows]
-    step = indices.step
-    first = max(0, -(-(band.start - indices.start) // step))
-    last = min(len(indices), -(-(band.stop - indices.start) // step))
-    at = indices.start + first * step - band.start
-    return slice(first, last), slice(at, at + (last - first - 1) * step + 1, step)
 
 
 def _parts(count: int, length: int) -> Iterator[slice]:

@@ -9,14 +9,14 @@ from typing import Any
 
 from adapterops.baking.beside import Carried, carried
 from adapterops.baking.kernel import Round, Rounding
-from adapterops.baking.mapping import changes
 from adapterops.baking.predict import MARGIN, predict
 from adapterops.baking.provenance import provenance
 from adapterops.baking.report import BakeReport, Total, total_of
 from adapterops.baking.shards import Shard, plan_shards
-from adapterops.baking.targets import Changes
 from adapterops.basemodel import BaseModel
 from adapterops.casts import format_name
+from adapterops.changes.mapping import changes
+from adapterops.changes.targets import Changes
 from adapterops.errors import BudgetError, NumericsError, UsageError
 from adapterops.extras import Policy
 from adapterops.files import checkpoint

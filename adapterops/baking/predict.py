@@ -8,11 +8,14 @@ from dataclasses import replace
 
 import torch
 
-from adapterops.baking.delta import Delta, bands
+from adapterops.baking.bands import bands
+from adapterops.baking.delta import Delta
 from adapterops.baking.figures import Drift
-from adapterops.baking.kernel import TORCH, Rounding, bake_rows, measured, read_rows
-from adapterops.baking.targets import Target
+from adapterops.baking.kernel import Rounding, bake_rows, read_rows
+from adapterops.baking.measuring import compared
+from adapterops.changes.targets import Target
 from adapterops.rounding.compensated import round_compensated
+from adapterops.rounding.grid import TORCH
 from adapterops.stream import Compute, Job, run
 
 _SHARE = 0.01  # of the rows
@@ -90,7 +93,7 @@ def _columns(delta: Delta, rounding: Rounding) -> Drift:
     rounded, clipped = round_compensated(
         (W.double() + D).T, basis.cpu(), TORCH[rounding.dtype], module=target.name
     )
-    drift, along = measured(W, rounded.T.contiguous(), D, delta, band.start, band.stop)
+    drift, along = compared(W, rounded.T.contiguous(), D, delta, band.start, band.stop)
     inside = 0.0 if along is None else float((along * along).sum())
     share = len(chosen) / width
     elements = round(share * drift.elements)  # those of all columns

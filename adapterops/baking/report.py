@@ -9,9 +9,9 @@ from typing import Any
 
 from adapterops.baking.figures import Drift
 from adapterops.baking.run import Tally
-from adapterops.baking.targets import Target
 from adapterops.casts import format_name
 from adapterops.certificate import plain
+from adapterops.changes.targets import Target
 from adapterops.rounding.exact import Counts
 
 # The share of the change that its own inputs may lose before a warning, by type (bake.md, §2).
@@ -108,19 +108,12 @@ def tensor_drift(target: Target, tally: Tally, dtype: str) -> TensorDrift:
         dtype=format_name(dtype),
         modules=tuple(dict.fromkeys(modules)),
         elements=drift.elements,
-        norm=math.sqrt(drift.delta),
-        gain=drift.gain,
-        subspace_error=drift.subspace_error,
-        error=drift.relative_error,
-        swallowed=drift.swallowed_share,
-        changed=drift.changed_share,
-        subnormal=drift.subnormal,
         clipped=drift.clipped,
         ulp_mean=drift.ulp_mean,
         ulp_max=drift.ulp_max,
         bias=drift.mean_bias,
-        bias_z=drift.bias_z,
         counts=tally.counts,
+        **figures_of(drift),
     )
 
 
@@ -129,18 +122,21 @@ def total_of(drifts: list[Drift]) -> Total | None:
     total = sum((drift for drift in drifts if drift.delta), Drift())
     if not total.delta:
         return None
-    return Total(
-        elements=total.elements,
-        norm=math.sqrt(total.delta),
-        gain=total.gain,
-        subspace_error=total.subspace_error,
-        error=total.relative_error,
-        swallowed=total.swallowed_share,
-        changed=total.changed_share,
-        subnormal=total.subnormal,
-        clipped=total.clipped,
-        bias_z=total.bias_z,
-    )
+    return Total(elements=total.elements, clipped=total.clipped, **figures_of(total))
+
+
+def figures_of(drift: Drift) -> dict[str, Any]:
+    """The figures that every report has, of a tensor or of all, by the names of its fields."""
+    return {
+        "norm": math.sqrt(drift.delta),
+        "gain": drift.gain,
+        "subspace_error": drift.subspace_error,
+        "error": drift.relative_error,
+        "swallowed": drift.swallowed_share,
+        "changed": drift.changed_share,
+        "subnormal": drift.subnormal,
+        "bias_z": drift.bias_z,
+    }
 
 
 def representation_warnings(total: Total | None, dtypes: set[str], rounding: str) -> list[str]:

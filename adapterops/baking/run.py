@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import numpy as np
 import torch
 
 from adapterops import casts
-from adapterops.baking.delta import Delta, bands
+from adapterops.baking.bands import bands
+from adapterops.baking.delta import Delta
 from adapterops.baking.figures import Drift
 from adapterops.baking.kernel import Found, Rounding, bake_rows, cast, read_rows
-from adapterops.baking.shards import Copy, Shard, as_matrix, entry_of
-from adapterops.baking.targets import Target, Values
+from adapterops.baking.shards import Copy, Shard, entry_of
+from adapterops.changes.given import given_rows
+from adapterops.changes.targets import Target, Values, as_matrix
 from adapterops.errors import NumericsError
-from adapterops.files.source import Source, read_bytes
-from adapterops.formats.model import Ref
+from adapterops.files.direct import aligned
+from adapterops.files.source import Source
 from adapterops.rounding.exact import Counts
 from adapterops.stream import Compute, Job, run
 
-_CHUNK = 2 << 20  # bytes of the result that a job makes
+_CHUNK = 4 << 20  # bytes of the result that a job makes
 _FEEDBACK = 2  # times as many rows, where rounding goes column by column
 _TILES = 16 << 20  # bytes of temporaries in a job
 
@@ -110,7 +109,7 @@ def _values(values: Values, position: int, size: int) -> Iterator[Job[Made]]:
     matrix = as_matrix(values.shape)
     row_bytes = matrix[1] * _width(values.dtype)
     for start, stop in _chunks(0, matrix[0], row_bytes, size):
-        args = (position + start * row_bytes, values, matrix, start, stop)
+        args = (position + start * row_bytes, values, start, stop)
         yield Job(values.name, _given, args, 40 * (stop - start) * matrix[1])
 
 
@@ -143,29 +142,25 @@ def _width(dtype: str) -> int:
 
 
 def _copy(offset: int, source: Source, start: int, length: int) -> Made:
-    return Made(offset, memoryview(read_bytes(source, start, length)))
+    data = aligned(length, offset).data
+    source.pread_into(start, data)
+    return Made(offset, data)
 
 
 def _bake(offset: int, delta: Delta, start: int, stop: int, rounding: Rounding) -> Made:
     target, found = delta.target, None
     if delta.band.is_changed:
-        _, after, found = bake_rows(delta, start, stop, rounding)
+        into = aligned((stop - start) * target.matrix[1] * _width(rounding.dtype), offset)
+        _, after, found = bake_rows(delta, start, stop, rounding, into)
         delta.done(stop - start)
     else:
         after = cast(read_rows(target.ref, target.matrix, start, stop), rounding.dtype, target)
     return Made(offset, as_bytes(after), target.name, delta, found)
 
 
-def _given(offset: int, values: Values, matrix: tuple[int, int], start: int, stop: int) -> Made:
+def _given(offset: int, values: Values, start: int, stop: int) -> Made:
     """Rows of a tensor that is given values, rounded once to its type."""
-    if values.rows is None:
-        wide = _mean(values, start, stop)
-    else:
-        assert values.ref is not None
-        wide = read_rows(values.ref, matrix, start, stop).double().numpy()
-        order = {row: at for at, row in enumerate(values.rows)}
-        for row in (row for row in values.rows if start <= row < stop):
-            wide[row - start] = _mean(values, order[row], order[row] + 1)[0]
+    wide = given_rows(values, start, stop)
     if casts.count_nonfinite(wide):
         raise NumericsError(
             f"values of {values.name!r} are NaN or infinite",
@@ -176,25 +171,6 @@ def _given(offset: int, values: Values, matrix: tuple[int, int], start: int, sto
         casts.check_range(wide, values.dtype, values.name)
     stored = casts.stored_bytes(casts.store(wide, values.dtype))
     return Made(offset, stored, values.name)
-
-
-def _mean(values: Values, start: int, stop: int) -> np.ndarray[Any, Any]:
-    """Rows of an extra in float64: its own, or the weighted mean of several."""
-    total = math.fsum(values.extra.weights)
-    parts = [
-        (weight / total) * _rows(ref, start, stop)
-        for weight, ref in zip(values.extra.weights, values.extra.refs, strict=True)
-    ]
-    return np.asarray(sum(parts[1:], parts[0]))
-
-
-def _rows(ref: Ref, start: int, stop: int) -> np.ndarray[Any, Any]:
-    rows, columns = as_matrix(ref.shape)
-    each = ref.nbytes // rows
-    raw = np.frombuffer(
-        read_bytes(ref.source, ref.offset + start * each, (stop - start) * each), np.uint8
-    )
-    return np.asarray(casts.decode(raw, ref.dtype, (stop - start, columns)))
 
 
 def as_bytes(x: torch.Tensor) -> memoryview:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterops.baking.targets import Changes, Target, Values
 from adapterops.basemodel import BaseModel
 from adapterops.casts import FORMATS
+from adapterops.changes.targets import Changes, Target, Values, as_matrix
 from adapterops.files.header import Entry, encode_header, layout
 from adapterops.files.source import LocalFile, read_bytes, read_header
 from adapterops.formats.model import Ref
@@ -148,13 +147,6 @@ def _piece(
     if ref.dtype != entry.dtype:
         return Target(name, ref, as_matrix(ref.shape))
     return Copy(ref, ref.offset, ref.offset + ref.nbytes)
-
-
-def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A tensor as rows: its first axis, or one row of a vector or a number."""
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    return shape[0], math.prod(shape[1:])
 
 
 def _joined(pieces: list[Piece]) -> tuple[Piece, ...]:

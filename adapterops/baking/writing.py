@@ -69,7 +69,7 @@ def _written(
     with SequentialWriter(path, shard.size) as writer:
         writer.append(shard.header)
         with closing(make(shard, rounding, on)) as run:
-            tallies = _tallied(run, lambda made: writer.append(made.data), tick)
+            tallies = _tallied(run, lambda made: writer.give(made.data), tick)
         writer.finish()
     return tallies
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from adapterops.baking.delta import Band
+from adapterops.baking.bands import Band
 from adapterops.judging.measure import Alter, Array
 
 _Parts = tuple[Array, Array, Array]

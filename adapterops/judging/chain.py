@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from adapterops.baking.delta import Delta, bands
+from adapterops.baking.bands import bands
+from adapterops.baking.delta import Delta
 from adapterops.baking.figures import Drift
 from adapterops.baking.kernel import Round, Rounding, bake_rows, read_rows
-from adapterops.baking.targets import Target
 from adapterops.certificate import plain
+from adapterops.changes.targets import Target
 from adapterops.formats.model import Ref
 from adapterops.judging.intruders import Weight, intruders_in
 from adapterops.judging.measure import as_outputs

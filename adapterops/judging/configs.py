@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from adapterops.baking.entries import merged
-from adapterops.baking.targets import Changes
 from adapterops.basemodel.config import is_tied
 from adapterops.basemodel.model import BaseModel, same_bytes
+from adapterops.changes.entries import merged
+from adapterops.changes.targets import Changes
 from adapterops.judging.rope import DEFAULTS, SPELLINGS, normal_form
 from adapterops.judging.untargeted import Finding
 

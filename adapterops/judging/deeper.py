@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from adapterops.baking.targets import Target, Term
 from adapterops.basemodel import BaseModel
+from adapterops.changes.targets import Target, Term
 from adapterops.errors import UnsupportedError, UsageError
 from adapterops.files.source import MemoryFile
 from adapterops.formats.model import AdapterFile, Ref, Site

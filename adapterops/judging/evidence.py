@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapterops.baking.delta import Delta, bands
+from adapterops.baking.bands import bands
+from adapterops.baking.delta import Delta
 from adapterops.baking.kernel import read_rows
-from adapterops.judging.measure import Pair, by_input, inputs_of, tiles
+from adapterops.baking.measuring import tiles
+from adapterops.judging.measure import Pair, by_input, inputs_of
 from adapterops.rounding.exact import narrowed, round_exactly
 
 Array = np.ndarray[Any, Any]
@@ -87,7 +89,7 @@ def gather(pair: Pair) -> Evidence:
     for band in pieces:
         delta = Delta(target, band)
         one = len(pieces) == 1 and delta.is_exact and delta.rank > 0
-        for first, last in tiles(pair, band):
+        for first, last in tiles(band.start, band.stop, pair.target.matrix[1]):
             dtype = _block(pair, delta, first, last, sums, omega, one)
     by_direction = np.full(0, np.nan)
     if sums.ranks:
@@ -115,7 +117,7 @@ def _block(
     target = pair.target
     W = read_rows(target.ref, target.matrix, first, last)
     after = read_rows(pair.after, target.matrix, first, last)
-    exact = round_exactly(W, delta, first, last, None, after.dtype)[0].double()
+    exact = round_exactly(W, delta, first, last, after.dtype)[0].double()
     w, D = W.double(), delta.double(first, last)
     start = w if W.dtype == after.dtype else narrowed(w, after.dtype).double()
     largest = torch.finfo(after.dtype).max

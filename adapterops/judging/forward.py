@@ -9,18 +9,18 @@ computed in float64, by blocks of rows; a weight stored as (in, out) is held who
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from adapterops.activations import Activations
-from adapterops.baking.delta import Delta, bands
+from adapterops.activations import Activations, named
+from adapterops.baking.bands import bands
+from adapterops.baking.delta import Delta
 from adapterops.baking.kernel import read_rows
-from adapterops.baking.targets import Target
 from adapterops.certificate import plain, ratio, total
+from adapterops.changes.targets import Target
 from adapterops.errors import FormatError, IncompatibleError, NumericsError
 from adapterops.formats.model import Ref
 from adapterops.metric import Inputs, Kind
@@ -78,7 +78,7 @@ def forward_errors(
     NaN and infinities.
     """
     stems = {name.removesuffix(".weight"): name for name in targets if name.endswith(".weight")}
-    found = {stems[stem]: module for stem, module in _paired(activations, stems).items()}
+    found = {stems[stem]: module for stem, module in named(activations, stems, "base").items()}
     modules: dict[str, ForwardError] = {}
     seen: _Seen | None = None
     for name, module in found.items():
@@ -196,32 +196,3 @@ def _turned(target: Target, baked: Ref) -> Iterator[Parts]:
     for start in range(0, columns, step):
         E, D, after = (held[:, start : start + step].T.double() for held in whole)
         yield E, D, after
-
-
-def _paired(activations: Activations, stems: Iterable[str]) -> dict[str, str]:
-    """stem -> module of the file, by the one change of prefix that finds most of them."""
-    names, modules = list(stems), activations.modules
-    known = set(names)
-    hits: Counter[tuple[str, str]] = Counter()  # (what goes from the stem, what comes before it)
-    for stem in names:
-        hits.update((p, "") for p in _prefixes(stem) if stem[len(p) :] in modules)
-    for module in modules:
-        hits.update(("", p) for p in _prefixes(module)[1:] if module[len(p) :] in known)
-    most = max(hits.values(), default=0)
-    best = sorted(change for change, count in hits.items() if count == most)
-    if not best:
-        return {}
-    if len(best) > 1 and best[0] != ("", ""):
-        ways = " or ".join(f"{new or old!r}" for old, new in best[:3])
-        raise IncompatibleError(
-            f"its modules' names fit the base's in several ways (a prefix of {ways})",
-            path=activations.path,
-            hint="name the modules as the base does",
-        )
-    old, new = best[0]
-    wanted = {stem: new + stem[len(old) :] for stem in names if stem.startswith(old)}
-    return {stem: module for stem, module in wanted.items() if module in modules}
-
-
-def _prefixes(name: str) -> list[str]:
-    return ["", *(name[: at + 1] for at, letter in enumerate(name) if letter == ".")]

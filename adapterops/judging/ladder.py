@@ -31,7 +31,7 @@ import torch
 
 from adapterops.baking.delta import Delta
 from adapterops.casts import FORMATS
-from adapterops.rounding.grid import ulp
+from adapterops.rounding.grid import TORCH, ulp
 
 Array = np.ndarray[Any, Any]
 
@@ -47,7 +47,6 @@ RUNGS = (
 FAITHFUL = len(RUNGS) - 1
 TOLERATED = 1e-6  # share of a tensor's elements that a rung need not explain
 
-_TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _SINGLE, _DOUBLE, _TF32 = 2.0**-24, 2.0**-50, 2.0**-11
 _SUBNORMAL = 2.0**-25  # half of float16's spacing below 2⁻¹⁴, where bfloat16's is finer
 _WIDER = 1 + 2.0**-6  # what was rounded before may lie across a power of two
@@ -78,8 +77,8 @@ def formats(grid: str, base: str, delta: Delta) -> Formats:
     """
     terms = delta.band.terms
     held = {term.site.dtype for term in terms}
-    stored = tuple(sorted({name for name in (grid, base) if name in _TORCH}))
-    narrow = sorted(n for n in {*held, *stored} if n in _TORCH and FORMATS[n].bits == 16)
+    stored = tuple(sorted({name for name in (grid, base) if name in FORMATS}))
+    narrow = sorted(n for n in {*held, *stored} if n in FORMATS and FORMATS[n].bits == 16)
     inputs = {term.input for term in terms} | {term.input for term in delta.band.dense}
     steps = max(1, len(inputs)) + (0 if holds(grid, base) else 1)
     return Formats(grid, stored, tuple(narrow) or ("BF16",), steps)
@@ -105,9 +104,9 @@ def holds(wide: str, narrow: str) -> bool:
 
 def half_ulp(x: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
     """½ulp of the coarsest of some types at x ≥ 0, float64."""
-    found = ulp(x, _TORCH[names[0]])
+    found = ulp(x, TORCH[names[0]])
     for name in names[1:]:
-        found = torch.maximum(found, ulp(x, _TORCH[name]))
+        found = torch.maximum(found, ulp(x, TORCH[name]))
     return found / 2
 
 

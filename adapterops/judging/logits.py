@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 
-from adapterops.baking.entries import merged
-from adapterops.baking.kernel import TORCH
-from adapterops.baking.targets import Changes
 from adapterops.basemodel import BaseModel
 from adapterops.casts import FORMATS
 from adapterops.certificate import plain
+from adapterops.changes.entries import merged
+from adapterops.changes.targets import Changes
 from adapterops.errors import IncompatibleError
 from adapterops.judging import models
 from adapterops.judging.texts import random_tokens, text_tokens
+from adapterops.rounding.grid import TORCH
 from adapterops.rounding.precision import exact_arithmetic
 
 _FACTOR = 2.0  # of the floor, beyond which baking costs more than the format does

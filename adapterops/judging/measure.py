@@ -14,20 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapterops.baking.delta import Band, Delta, bands
+from adapterops.baking.bands import Band, bands
+from adapterops.baking.delta import Delta
 from adapterops.baking.figures import Drift
-from adapterops.baking.kernel import TORCH, measured, read_rows
-from adapterops.baking.targets import Target
+from adapterops.baking.kernel import read_rows
+from adapterops.baking.measuring import measured, tiles
+from adapterops.changes.targets import Target
 from adapterops.formats.model import Ref
 from adapterops.judging.ladder import FAITHFUL, formats, unexplained, unfaithful
 from adapterops.judging.route import SUM, Route, restate
 from adapterops.judging.trend import BINS, SAMPLED, Trend, margins, regress
-from adapterops.rounding.exact import FORMATS, codes, different, narrowed
-from adapterops.rounding.grid import ulp
+from adapterops.rounding.exact import codes, different, narrowed
+from adapterops.rounding.grid import NAMES, TORCH, ulp
 
 Array = np.ndarray[Any, Any]
 Alter = Callable[[Band, Array, Array, Array], tuple[Array, Array, Array]]
-_TILE = 1 << 18  # elements
 _COARSER = {
     torch.float32: (torch.bfloat16, torch.float16),
     torch.float16: (torch.bfloat16,),
@@ -126,23 +127,18 @@ def energies(pair: Pair, alter: Alter | None = None) -> tuple[Array, Array]:
     rows, columns = np.zeros(m), np.zeros(n)
     for band in bands(pair.target):
         delta = change_of(pair.target, band, alter)
-        for first, last in tiles(pair, band) if band.is_changed else ():
+        here = tiles(band.start, band.stop, pair.target.matrix[1])
+        for first, last in here if band.is_changed else ():
             squares = delta.single(first, last).square_()
             rows[first:last] = squares.sum(1, dtype=torch.float64).numpy()
             columns += squares.sum(0, dtype=torch.float64).numpy()
     return rows, columns
 
 
-def tiles(pair: Pair, band: Band) -> list[tuple[int, int]]:
-    """Row ranges of a band that fit a processor's cache."""
-    step = max(1, _TILE // max(1, pair.target.matrix[1]))
-    return [(k, min(k + step, band.stop)) for k in range(band.start, band.stop, step)]
-
-
 def _copied(pair: Pair, band: Band) -> Sums:
     """Rows that no adapter changes."""
     target, wrong = pair.target, 0
-    for first, last in tiles(pair, band):
+    for first, last in tiles(band.start, band.stop, pair.target.matrix[1]):
         W = read_rows(target.ref, target.matrix, first, last)
         after, _ = on_grid(read_rows(pair.after, target.matrix, first, last))
         kept = narrowed(W.double(), after.dtype) if W.dtype != after.dtype else W
@@ -160,12 +156,12 @@ def _changed(pair: Pair, band: Band, route: Route, alter: Alter | None) -> Sums:
     if route.times > 1:
         delta = Altered(target, band, lambda _, b, c, a: (b, route.times * c, a))
     total, along = Sums(), None
-    for first, last in tiles(pair, band):
+    for first, last in tiles(band.start, band.stop, pair.target.matrix[1]):
         W = read_rows(target.ref, target.matrix, first, last)
         after, coarse = on_grid(read_rows(pair.after, target.matrix, first, last))
         found, part = _tile(W, after, delta, first, route, steps)
         if coarse:
-            found = replace(found, coarse=after.numel(), grid=FORMATS[after.dtype])
+            found = replace(found, coarse=after.numel(), grid=NAMES[after.dtype])
         total += found
         if part is not None:
             along = part if along is None else along + part
@@ -193,13 +189,13 @@ def _tile(
     """The sums of some rows, from `first` on, and Q'E where inputs run along them."""
     last = first + len(W)
     single = delta.single(first, last)
-    drift, along = measured(W, after, single, delta, first, last)
+    drift, along = measured(W, after, delta, first, last)
     broken = 0
     if not np.isfinite(drift.error):
         W, after, broken = _mended(W, after, single)
-        drift, along = measured(W, after, single, delta, first, last)
+        drift, along = measured(W, after, delta, first, last)
     grid = after.dtype
-    how = formats(FORMATS[grid], FORMATS[W.dtype], delta)
+    how = formats(NAMES[grid], NAMES[W.dtype], delta)
     how = replace(how, steps=how.steps * route.times)
     start = W if W.dtype == grid else narrowed(W.double(), grid)
     W = start if route.cast else W

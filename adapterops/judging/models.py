@@ -13,17 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from adapterops.baking.delta import Delta, bands
-from adapterops.baking.kernel import TORCH, read_rows
-from adapterops.baking.targets import Changes, Target, Values
+from adapterops.baking.bands import bands
+from adapterops.baking.delta import Delta
+from adapterops.baking.kernel import read_rows
 from adapterops.basemodel import BaseModel
+from adapterops.changes.given import given_rows
+from adapterops.changes.targets import Changes, Target, Values, as_matrix
 from adapterops.errors import IncompatibleError, UnsupportedError, UsageError
 from adapterops.formats.locate import read_text
 from adapterops.formats.model import Ref
 from adapterops.formats.peft import read_config
+from adapterops.rounding.grid import TORCH
 
 _BLOCK = 1 << 20  # elements of a block of rows
 
@@ -135,15 +137,8 @@ def _with(target: Target, keep: float) -> torch.Tensor:
 
 
 def _given(values: Values) -> torch.Tensor:
-    total = math.fsum(values.extra.weights)
-    parts = zip(values.extra.weights, values.extra.refs, strict=True)
-    mean = sum((weight / total) * ref.read() for weight, ref in parts)
-    result = torch.from_numpy(np.asarray(mean))
-    if values.rows is not None and values.ref is not None:
-        whole = _whole(values.ref).double()
-        whole[list(values.rows)] = result
-        result = whole
-    return result.float().view(values.shape)
+    rows = given_rows(values, 0, as_matrix(values.shape)[0])
+    return torch.from_numpy(rows).float().view(values.shape)
 
 
 def _whole(ref: Ref) -> torch.Tensor:

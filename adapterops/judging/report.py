@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from adapterops.baking.report import Total, total_of
+from adapterops.baking.report import Total, figures_of, total_of
 from adapterops.casts import format_name
 from adapterops.certificate import plain
 from adapterops.judging.chain import ChainReport
@@ -199,7 +198,6 @@ def report(
 
 
 def _tensor(t: Judged) -> TensorVerdict:
-    drift = t.drift
     return TensorVerdict(
         shape=t.shape,
         dtype=format_name(t.grid),
@@ -212,17 +210,10 @@ def _tensor(t: Judged) -> TensorVerdict:
         slope=t.slope,
         z=t.z,
         detectable=t.detectable,
-        norm=math.sqrt(drift.delta),
-        gain=drift.gain,
-        subspace_error=drift.subspace_error,
-        error=drift.relative_error,
-        swallowed=drift.swallowed_share,
-        changed=drift.changed_share,
         expected=t.expected,
-        subnormal=drift.subnormal,
-        ulp_max=drift.ulp_max,
-        bias_z=drift.bias_z,
+        ulp_max=t.drift.ulp_max,
         cause=t.cause,
+        **figures_of(t.drift),
     )
 
 

@@ -17,8 +17,7 @@ import torch
 from adapterops.baking.delta import Delta
 from adapterops.judging.ladder import FAITHFUL
 from adapterops.rounding.exact import narrowed, round_exactly
-
-_TORCH = {"F16": torch.float16, "BF16": torch.bfloat16}
+from adapterops.rounding.grid import TORCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +72,20 @@ def restate(
     start = W if W.dtype == dtype or not route.cast else narrowed(W.double(), dtype)
     several = route.each or route.times > 1
     if not several and not route.delta:
-        return round_exactly(start, delta, first, last, single, dtype)[0]
+        return round_exactly(start, delta, first, last, dtype)[0]
     for step in [*steps] * route.times if several else [delta]:
         change = single if step is delta else step.single(first, last)
         if route.delta:
             change = _narrow(change, step, route)
             start = narrowed(start.double() + change.double(), dtype)
         else:
-            start = round_exactly(start, step, first, last, None, dtype)[0]
+            start = round_exactly(start, step, first, last, dtype)[0]
     return start
 
 
 def _narrow(change: torch.Tensor, delta: Delta, route: Route) -> torch.Tensor:
     """A change in the 16 bits of a route, its factor applied before or after the rounding."""
-    dtype = _TORCH[route.delta]
+    dtype = TORCH[route.delta]
     factors = {term.coefficient for term in delta.band.terms}
     if not route.product or len(factors) != 1 or 0.0 in factors:
         return change.to(dtype)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from adapterops.baking.provenance import history_of
-from adapterops.baking.targets import Changes, Target
 from adapterops.basemodel import BaseModel
+from adapterops.changes.targets import Changes, Target
 from adapterops.judging.configs import compare_configs
 from adapterops.judging.diagnosis import diagnose
 from adapterops.judging.measure import Pair
@@ -56,7 +55,7 @@ def judge_model(
         *(_job(name, _judged, _size(pair.target), pair, faithful, names)
           for name, pair in matched.targets.items()),
         *(_job(name, compare_copies, _BLOCK, name, *pair) for name, pair in matched.copies.items()),
-        *(_job(name, compare_values, 24 * math.prod(values.shape), name, values, ref)
+        *(_job(name, compare_values, 2 * _BLOCK, name, values, ref)
           for name, (values, ref) in matched.values.items()),
     ]  # fmt: skip
     judged: list[Judged] = []

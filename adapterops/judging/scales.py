@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from adapterops.baking.targets import Target
+from adapterops.changes.targets import Target
 
 _SAME = 1e-6
 

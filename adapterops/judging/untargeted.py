@@ -11,19 +11,19 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 
-from adapterops.baking.kernel import TORCH, read_rows
-from adapterops.baking.targets import Changes, Values
+from adapterops.baking.kernel import read_rows
 from adapterops.basemodel.model import BaseModel, same_bytes
+from adapterops.changes.given import given_rows
+from adapterops.changes.targets import Changes, Values, as_matrix
 from adapterops.errors import UnsupportedError
 from adapterops.formats.model import Ref
 from adapterops.judging.measure import Pair, is_judged
 from adapterops.judging.naming import match
 from adapterops.rounding.exact import narrowed
+from adapterops.rounding.grid import TORCH
 
 _BLOCK = 1 << 20  # elements
 # Recomputed by the model's code: old files hold them, new savers leave them out.
@@ -214,24 +214,13 @@ def _changed(
 
 def compare_values(name: str, values: Values, after: Ref) -> Finding | None:
     """Whether a tensor has the values that an adapter gives it, rounded once to its type."""
-    m = values.shape[0] if values.shape else 1
-    n = math.prod(values.shape[1:])
-    given = _given(values, n)
-    place = {row: k for k, row in enumerate(values.rows or ())}
-    step = max(1, _BLOCK // max(1, n))
+    matrix = as_matrix(values.shape)
+    step = max(1, _BLOCK // max(1, matrix[1]))
     wrong = count = 0
-    for start in range(0, m, step):
-        stop = min(start + step, m)
-        there = read_rows(after, (m, n), start, stop)
-        wanted = torch.full((stop - start, n), torch.nan, dtype=torch.float64)
-        if values.rows is None:
-            wanted = given(start, stop)
-        elif values.ref is not None and start < values.ref.shape[0]:
-            last = min(stop, values.ref.shape[0])
-            kept = read_rows(values.ref, (values.ref.shape[0], n), start, last)
-            wanted[: last - start] = kept.double()
-        for row in (r for r in place if start <= r < stop):
-            wanted[row - start] = given(place[row], place[row] + 1)[0]
+    for start in range(0, matrix[0], step):
+        stop = min(start + step, matrix[0])
+        there = read_rows(after, matrix, start, stop)
+        wanted = torch.from_numpy(given_rows(values, start, stop))
         known = ~wanted.isnan()
         differs = (narrowed(wanted, there.dtype) != there) & known
         wrong, count = wrong + int(differs.sum()), count + int(known.sum())
@@ -239,17 +228,3 @@ def compare_values(name: str, values: Values, after: Ref) -> Finding | None:
         return None
     what = f"{wrong} of {count} values are not those that the adapter gives it"
     return Finding(name, "values", what)
-
-
-def _given(values: Values, n: int) -> Any:
-    """Rows of what the adapters hold, in float64: of several the mean, rounded to no type yet."""
-    extra = values.extra
-    first = extra.refs[0]
-    rows = first.shape[0] if first.shape else 1
-    if len(extra.refs) == 1 and first.is_plain and first.dtype in TORCH:
-        return lambda start, stop: read_rows(first, (rows, n), start, stop).double()
-    total = math.fsum(extra.weights)
-    parts = zip(extra.weights, extra.refs, strict=True)
-    mean = sum((weight / total) * ref.read() for weight, ref in parts)
-    table = torch.from_numpy(np.asarray(mean)).view(rows, n)
-    return lambda start, stop: table[start:stop]

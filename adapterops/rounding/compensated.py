@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from adapterops.casts import check_range
-from adapterops.rounding.grid import CODES, multiples, ordinal, ulp
+from adapterops.rounding.grid import NAMES, multiples, ordinal, ulp
 
 _GROUP = 32  # columns between two passes over S
 _ROWS = 1024  # rows at a time on a CPU: few enough for its cache, many enough for a call
@@ -103,7 +103,7 @@ def _round_rows(T: Tensor, basis: _Basis, result: Tensor, module: str) -> int:
     """Fill `result` from T, both (rows, n); how many elements were clipped."""
     dtype = result.dtype
     largest = torch.maximum(T.amax(1), -T.amin(1))
-    check_range(largest, CODES[dtype], module)
+    check_range(largest, NAMES[dtype], module)
     finite = torch.finfo(dtype).max
     may_clip = bool((largest > finite).any())
     spacing = ulp(largest, dtype)

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from adapterops import casts
+from adapterops.rounding.grid import NAMES
 
 Array = np.ndarray[Any, Any]
 
-FORMATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 _CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MOST_DOUBT = 0.05  # beyond this share of a block it is cheaper to begin in float64
 _SLACK = 2.0**-22  # two roundings of T and two of what is added to it, relative to |T|
@@ -32,7 +32,7 @@ class Change(Protocol):
 
     @property
     def is_exact(self) -> bool: ...
-    def single(self, start: int, stop: int) -> torch.Tensor: ...
+    def onto(self, W: torch.Tensor, start: int, stop: int) -> torch.Tensor: ...
     def double(self, start: int, stop: int) -> torch.Tensor: ...
     def bounds(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]: ...
     def double_bounds(self, start: int, stop: int) -> tuple[Array, Array]: ...
@@ -57,13 +57,12 @@ def round_exactly(
     change: Change,
     start: int,
     stop: int,
-    single: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, Counts]:
     """RN(W + D) of rows [start, stop) in `dtype`, W's (stop − start, n) by default.
 
-    `single` is `change.single(start, stop)` if that is at hand. Values out of range come back as
-    infinities. A dense change is computed in float64 and rounded once.
+    Values out of range come back as infinities. A dense change is computed in float64 and rounded
+    once.
     """
     dtype = dtype or W.dtype
     if not change.is_exact or torch.float64 in (W.dtype, dtype):
@@ -73,7 +72,7 @@ def round_exactly(
         _put(rounded, zero, _zeros(W, zero, dtype))
         return rounded, Counts(plain=W.numel())
     narrow = dtype in (torch.float16, torch.bfloat16)
-    found = _by_single(W, change, start, stop, single, dtype) if narrow else None
+    found = _by_single(W, change, start, stop, dtype) if narrow else None
     rounded, doubt = found or (None, None)
     if rounded is None or doubt is None:
         rounded, doubt, exact = _by_double(W, change, start, stop, dtype)
@@ -89,11 +88,10 @@ def _by_single(
     change: Change,
     start: int,
     stop: int,
-    single: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, Array] | None:
     """What float32 rounds to, and flat indices of those it leaves in doubt; None if too many."""
-    T = torch.add(W.float(), change.single(start, stop) if single is None else single)
+    T = change.onto(W, start, stop)
     u, v = change.bounds(start, stop)
     reach = torch.addr(T.abs(), u, v, beta=_SLACK)
     low = (T - reach).to(dtype)
@@ -221,7 +219,7 @@ def _split(x: Array) -> tuple[Array, Array]:
 
 def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """float64 rounded once to `dtype`, to nearest, ties to even; too large values to infinity."""
-    stored: torch.Tensor = casts.store(x, FORMATS[dtype])
+    stored: torch.Tensor = casts.store(x, NAMES[dtype])
     return stored
 
 

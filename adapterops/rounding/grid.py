@@ -7,12 +7,16 @@ integer parts and comparisons in float64, which holds every value of a 16- or 32
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from adapterops.casts import FORMATS, Format
 
-CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+# torch's types by safetensors' names, and the other way round.
+TORCH: Mapping[str, torch.dtype] = {n: getattr(torch, form.name) for n, form in FORMATS.items()}
+NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH.items()}
 
 _EXPONENTS = {  # the bits of the exponent, in the integers of the same width
     torch.float32: (torch.int32, 0x7F800000),
@@ -23,7 +27,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 def rounding_limit(dtype: torch.dtype) -> float:
     """The smallest magnitude that rounds to infinity, to nearest: 65520 for float16."""
-    return FORMATS[CODES[dtype]].overflow
+    return FORMATS[NAMES[dtype]].overflow
 
 
 def ulp(x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -31,7 +35,7 @@ def ulp(x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
 
     x beyond the largest finite value has the spacing below that; x is finite.
     """
-    form = FORMATS[CODES[dtype]]
+    form = FORMATS[NAMES[dtype]]
     integers, exponents = _EXPONENTS[x.dtype]
     power = torch.empty_like(x) if out is None else out
     torch.bitwise_and(x.view(integers), exponents, out=power.view(integers))

@@ -37,15 +37,13 @@ def round_stochastically(
     *,
     seed: int,
     name: str,
-    single: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Counts]:
     """Rows [start, stop) of W + D rounded at random to `dtype`, W's (stop − start, n) by default.
 
-    `name` is the stored tensor's; `single` is `change.single(start, stop)` if that is at hand.
-    Beyond the rounding limit of the type the result is infinite, between it and the largest finite
-    value it is that. A zero has T's sign, W's if T = 0. A dense change is computed in float64.
-    float64 results are rounded to nearest.
+    `name` is the stored tensor's. Beyond the rounding limit of the type the result is infinite,
+    between it and the largest finite value it is that. A zero has T's sign, W's if T = 0. A dense
+    change is computed in float64. float64 results are rounded to nearest.
     """
     dtype = dtype or W.dtype
     if dtype == torch.float64:
@@ -59,7 +57,7 @@ def round_stochastically(
     rounded = torch.empty_like(W, dtype=dtype)
     flat = np.arange(W.numel())
     if dtype != torch.float32:
-        T = W.float() + (change.single(start, stop) if single is None else single)
+        T = change.onto(W, start, stop)
         flat = _by_single(T, change.bounds(start, stop), x, rounded)
     exact = _settle(W, change, start, x, rounded, flat) if len(flat) else 0
     return rounded, Counts(W.numel() - len(flat), len(flat) - exact, exact)

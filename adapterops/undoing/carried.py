@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from adapterops import casts
-from adapterops.baking.targets import Target, Term
+from adapterops.changes.targets import Target, Term
 from adapterops.errors import FormatError
 from adapterops.formats.model import Ref, Site
 

@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapterops.baking.delta import Delta, bands
-from adapterops.baking.kernel import TORCH, read_rows
-from adapterops.baking.targets import Target
+from adapterops.baking.bands import bands
+from adapterops.baking.delta import Delta
+from adapterops.baking.kernel import read_rows
 from adapterops.casts import stored_bytes
+from adapterops.changes.targets import Target
 from adapterops.errors import FormatError, NumericsError
 from adapterops.files.header import DTYPE_BITS, Entry
 from adapterops.files.source import LocalFile, read_bytes, read_header
 from adapterops.formats.model import Ref
 from adapterops.rounding.exact import narrowed, round_exactly
+from adapterops.rounding.grid import TORCH
 from adapterops.rounding.precision import exact_arithmetic
 from adapterops.stream import Compute, Job, run
 from adapterops.undoing.residual import FRAME, Residuals

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from adapterops.baking.delta import Delta, bands
-from adapterops.baking.kernel import TORCH, read_rows
+from adapterops.baking.bands import bands
+from adapterops.baking.delta import Delta
+from adapterops.baking.kernel import read_rows
 from adapterops.baking.shards import Copy, Shard
-from adapterops.baking.targets import Target
+from adapterops.changes.targets import Target
 from adapterops.files.header import DTYPE_BITS
 from adapterops.files.source import LocalFile, read_bytes, read_header
 from adapterops.formats.model import Ref
 from adapterops.provenance import Origin
+from adapterops.rounding.grid import TORCH
 from adapterops.rounding.precision import exact_arithmetic
 from adapterops.stream import Compute, Job, run
 from adapterops.undoing import residual

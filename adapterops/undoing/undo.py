@@ -18,8 +18,8 @@ from typing import Final, Literal
 import msgspec
 
 import adapterops
-from adapterops.baking.targets import Target
 from adapterops.casts import FORMATS
+from adapterops.changes.targets import Target
 from adapterops.errors import FormatError
 from adapterops.files.appending import AppendWriter, reserve
 from adapterops.files.header import DTYPE_BITS, HEADER_LIMIT, Header, header_length, parse_header

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from adapterops.activations import open_activations
-from adapterops.baking.mapping import changes
 from adapterops.basemodel import BaseModel, open_model
 from adapterops.casts import format_name
+from adapterops.changes.mapping import changes
 from adapterops.errors import UsageError
 from adapterops.formats.model import AdapterFile
 from adapterops.inputs import Input

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from adapterops.baking import experts
-from adapterops.baking.naming import Addresses
-from adapterops.baking.pieces import Piece, Reading, fit, piece
-from adapterops.baking.places import PARAMETERS, Base, readings
 from adapterops.basemodel.parts import Part, Parts
+from adapterops.changes import experts
+from adapterops.changes.naming import Addresses
+from adapterops.changes.pieces import Piece, Reading, fit, piece
+from adapterops.changes.places import PARAMETERS, Base, readings
 from adapterops.errors import IncompatibleError, UnsupportedError
 from adapterops.formats.model import AdapterFile, Site
 from adapterops.rebased import weights

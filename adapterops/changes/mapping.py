@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from adapterops.baking.drafts import Drafts, gather, target
-from adapterops.baking.locate import locate
-from adapterops.baking.naming import addresses, tensor_of
-from adapterops.baking.places import Base
-from adapterops.baking.targets import Changes, Target
-from adapterops.baking.untying import untie
-from adapterops.baking.values import started, values
 from adapterops.basemodel import BaseModel
+from adapterops.changes.drafts import Drafts, gather, target
+from adapterops.changes.locate import locate
+from adapterops.changes.naming import addresses, tensor_of
+from adapterops.changes.places import Base
+from adapterops.changes.targets import Changes, Target
+from adapterops.changes.untying import untie
+from adapterops.changes.values import started, values
 from adapterops.errors import NumericsError, UnsupportedError, UsageError
 from adapterops.extras import Policy
 from adapterops.formats.model import AdapterFile, Site

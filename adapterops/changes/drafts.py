@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from adapterops.align import check_coefficient
-from adapterops.baking.locate import Located
-from adapterops.baking.pieces import Piece, Reading, matrix
-from adapterops.baking.places import Base
-from adapterops.baking.shifts import BiasShift, FullDelta
-from adapterops.baking.targets import DenseTerm, Target, Term
+from adapterops.changes.locate import Located
+from adapterops.changes.pieces import Piece, Reading
+from adapterops.changes.places import Base
+from adapterops.changes.shifts import BiasShift, FullDelta
+from adapterops.changes.targets import DenseTerm, Target, Term, as_matrix
 from adapterops.errors import IncompatibleError, UnsupportedError
 from adapterops.formats.kinds import KINDS
 from adapterops.formats.model import AdapterFile, Ref, Site
@@ -110,7 +110,7 @@ def _gather_bias(
         places[name].append((outputs, piece.outputs))
     for name, parts in places.items():
         ref = base.tensors[name]
-        size = matrix(ref)
+        size = as_matrix(ref.shape)
         if len(ref.shape) != 1 or max(columns.stop for columns, _ in parts) > size[1]:
             raise IncompatibleError(
                 f"{base.model.path} has {name!r} of shape {list(ref.shape)}, and the LoRA's bias "

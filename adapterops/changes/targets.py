@@ -7,6 +7,7 @@ bias (1, out).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -15,6 +16,13 @@ import numpy as np
 
 from adapterops.extras import Extra
 from adapterops.formats.model import Ref, Site
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of a stored tensor as a matrix; a vector or a number is a row."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
 
 
 class Rows(Protocol):

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 
-from adapterops.baking import experts, fused
-from adapterops.baking.pieces import Piece, Reading, piece
-from adapterops.baking.untying import head_name, is_shared
 from adapterops.basemodel import BaseModel, ldm, names
 from adapterops.basemodel.parts import Part, Parts
 from adapterops.basemodel.shapes import HEADS, leaf
+from adapterops.changes import experts, fused
+from adapterops.changes.pieces import Piece, Reading, piece
+from adapterops.changes.untying import head_name, is_shared
 from adapterops.formats.model import Site
 from adapterops.rebased import weights
 

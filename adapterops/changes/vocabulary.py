@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from adapterops.baking import entries
-from adapterops.baking.targets import Target, Values
 from adapterops.basemodel import BaseModel
+from adapterops.changes import entries
+from adapterops.changes.targets import Target, Values
 from adapterops.errors import IncompatibleError
 
 _CLASSIFIER = re.compile(r"(.*\.)?(score|classifier|classifier\.out_proj)\.weight")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from adapterops.baking.pieces import Piece, Reading, region
+from adapterops.changes.pieces import Piece, Reading, region
 from adapterops.errors import IncompatibleError
 from adapterops.formats.model import AdapterFile, Ref, Site
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from adapterops.baking.pieces import fit
-from adapterops.baking.places import PARAMETERS, Base, head_of, readings
 from adapterops.basemodel import ldm, names
 from adapterops.basemodel.parts import Parts
 from adapterops.basemodel.prefixes import Renaming, renaming
+from adapterops.changes.pieces import fit
+from adapterops.changes.places import PARAMETERS, Base, head_of, readings
 from adapterops.errors import IncompatibleError
 from adapterops.formats import diffusers
 from adapterops.formats.model import AdapterFile, Site

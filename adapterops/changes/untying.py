@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adapterops.baking import entries, sameness, vocabulary
-from adapterops.baking.targets import Target, Values
 from adapterops.basemodel import BaseModel
 from adapterops.basemodel.shapes import EMBEDDINGS
+from adapterops.changes import entries, sameness, vocabulary
+from adapterops.changes.targets import Target, Values
 from adapterops.errors import IncompatibleError, UnsupportedError
 from adapterops.extras import Extra
 from adapterops.formats.model import AdapterFile, Ref

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from adapterops.basemodel.parts import Part
+from adapterops.changes.targets import as_matrix
 from adapterops.formats.model import Ref, Site
 
 
@@ -54,7 +55,7 @@ def fit(reading: Reading, site: Site) -> bool:
 
 def piece(part: Part, ref: Ref, name: str = "") -> Piece:
     """The piece that a part of a checkpoint's tensor is; `name` if it has another in the result."""
-    rows, columns = matrix(ref)
+    rows, columns = as_matrix(ref.shape)
     outputs = part.rows or slice(0, columns if part.turned else rows)
     return Piece(
         name or part.tensor,
@@ -65,13 +66,6 @@ def piece(part: Part, ref: Ref, name: str = "") -> Piece:
         part.turned,
         part.of,
     )
-
-
-def matrix(ref: Ref) -> tuple[int, int]:
-    """The shape of a stored tensor as a matrix; a vector is a row."""
-    if len(ref.shape) < 2:
-        return 1, math.prod(ref.shape)
-    return ref.shape[0], math.prod(ref.shape[1:])
 
 
 def region(

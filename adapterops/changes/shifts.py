@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adapterops import casts
-from adapterops.baking.pieces import Piece
+from adapterops.changes.pieces import Piece
 from adapterops.errors import NumericsError
 from adapterops.formats.model import Ref, Site
 from adapterops.rebased.dora import stored

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adapterops import casts
-from adapterops.baking.sameness import same_numbers
-from adapterops.baking.targets import Values
-from adapterops.baking.untying import head_name, is_shared
-from adapterops.baking.vocabulary import is_tokens
 from adapterops.basemodel import BaseModel
+from adapterops.changes.sameness import same_numbers
+from adapterops.changes.targets import Values
+from adapterops.changes.untying import head_name, is_shared
+from adapterops.changes.vocabulary import is_tokens
 from adapterops.errors import FormatError, IncompatibleError
 from adapterops.extras import Extra, Policy, plan_extras
 from adapterops.formats import peft

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from adapterops import casts
-from adapterops.baking.targets import Target, Term, Values
 from adapterops.basemodel import same_bytes
+from adapterops.changes.targets import Target, Term, Values
 from adapterops.files.source import read_bytes
 from adapterops.formats.model import Ref
 

@@ -1,0 +1,1 @@
+"""What adapters change in a base model: which stored tensor gets what, from headers and configs."""
