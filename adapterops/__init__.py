@@ -20,16 +20,24 @@ if TYPE_CHECKING:
     from adapterops.difference.report import DiffReport
     from adapterops.errors import AdapterOpsError
     from adapterops.factors import Factors
+    from adapterops.fleet.assigning import AssignReport
+    from adapterops.fleet.deploy.report import DeployReport
+    from adapterops.fleet.index_report import IndexReport
+    from adapterops.fleet.outcome import ClusterReport
     from adapterops.inspection.report import Inspection
     from adapterops.judging.report import DriftReport
     from adapterops.undoing.restoring import UnbakeReport
+    from adapterops.verbs.assign import assign
     from adapterops.verbs.bake import bake
     from adapterops.verbs.check import check
+    from adapterops.verbs.cluster import cluster
     from adapterops.verbs.compress import compress
     from adapterops.verbs.convert import convert
+    from adapterops.verbs.deploy import deploy
     from adapterops.verbs.diff import diff
     from adapterops.verbs.drift import drift
     from adapterops.verbs.extract import extract
+    from adapterops.verbs.index import index
     from adapterops.verbs.inspect import inspect
     from adapterops.verbs.merge import merge
     from adapterops.verbs.unbake import unbake
@@ -37,24 +45,32 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Adapter": "adapterops.adapter",
     "AdapterOpsError": "adapterops.errors",
+    "AssignReport": "adapterops.fleet.assigning",
     "BakeReport": "adapterops.baking.report",
     "CheckReport": "adapterops.checking.report",
+    "ClusterReport": "adapterops.fleet.outcome",
+    "DeployReport": "adapterops.fleet.deploy.report",
     "DiffReport": "adapterops.difference.report",
     "DriftReport": "adapterops.judging.report",
     "Factors": "adapterops.factors",
     "Finding": "adapterops.checking.findings",
+    "IndexReport": "adapterops.fleet.index_report",
     "Inspection": "adapterops.inspection.report",
     "ModuleReport": "adapterops.certificate",
     "PlanReport": "adapterops.certificate",
     "Report": "adapterops.certificate",
     "UnbakeReport": "adapterops.undoing.restoring",
+    "assign": "adapterops.verbs.assign",
     "bake": "adapterops.verbs.bake",
     "check": "adapterops.verbs.check",
+    "cluster": "adapterops.verbs.cluster",
     "compress": "adapterops.verbs.compress",
     "convert": "adapterops.verbs.convert",
+    "deploy": "adapterops.verbs.deploy",
     "diff": "adapterops.verbs.diff",
     "drift": "adapterops.verbs.drift",
     "extract": "adapterops.verbs.extract",
+    "index": "adapterops.verbs.index",
     "inspect": "adapterops.verbs.inspect",
     "merge": "adapterops.verbs.merge",
     "open_adapter": "adapterops.adapter",
@@ -64,25 +80,33 @@ _PUBLIC = {
 __all__ = [
     "Adapter",
     "AdapterOpsError",
+    "AssignReport",
     "BakeReport",
     "CheckReport",
+    "ClusterReport",
+    "DeployReport",
     "DiffReport",
     "DriftReport",
     "Factors",
     "Finding",
+    "IndexReport",
     "Inspection",
     "ModuleReport",
     "PlanReport",
     "Report",
     "UnbakeReport",
     "__version__",
+    "assign",
     "bake",
     "check",
+    "cluster",
     "compress",
     "convert",
+    "deploy",
     "diff",
     "drift",
     "extract",
+    "index",
     "inspect",
     "merge",
     "open_adapter",

@@ -301,8 +301,11 @@ LIST = {"adapters", "from_file"}
         ("inspect", {"paths", *MANY}),
         ("diff", MANY),
         ("check", {"list"}),
+        ("index", set()),
+        ("deploy", set()),
+        ("assign", set()),
     ],
-    ids=["merge", "compress", "convert", "extract", "inspect", "diff", "check"],
+    ids=["merge", "compress", "convert", "extract", "inspect", "diff", "check", "index", "deploy", "assign"],
 )
 def test_options_are_the_functions_parameters(name, own):
     """Command line and library offer the same options under the same names, with one default."""

@@ -28,6 +28,10 @@ COMMANDS = {
     "diff": "adapterops.cli.diff",
     "inspect": "adapterops.cli.inspect",
     "check": "adapterops.cli.check",
+    "index": "adapterops.cli.index",
+    "cluster": "adapterops.cli.cluster",
+    "assign": "adapterops.cli.assign",
+    "deploy": "adapterops.cli.deploy",
 }
 
 

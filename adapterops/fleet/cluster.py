@@ -1,0 +1,272 @@
+"""From an index to a plan: groups, what serves each, and every tenant's verified error."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from adapterops.activations import Activations, open_activations
+from adapterops.errors import BudgetError, MemoryLimitError, UsageError
+from adapterops.files.output import SIDECAR, Staging, check_output, stage
+from adapterops.fleet.candidates import edges
+from adapterops.fleet.cover import for_budget, greedy_cover
+from adapterops.fleet.drafting import Draft
+from adapterops.fleet.exact import Error, compare_groups
+from adapterops.fleet.grouping import Grouped, verified_groups
+from adapterops.fleet.opened import Fleet, open_fleet
+from adapterops.fleet.outcome import ClusterReport, outcome
+from adapterops.fleet.outlook import GRID, pareto
+from adapterops.fleet.partition import partitions
+from adapterops.fleet.plan import Metric, Plan, Point, Related
+from adapterops.fleet.plandiff import diff
+from adapterops.fleet.planfile import REPRESENTATIVES, plan_folder, read_plan, write_plan
+from adapterops.fleet.policy import Consent
+from adapterops.fleet.related import By, related
+from adapterops.fleet.representative import KINDS, choose
+from adapterops.fleet.sets import Sets, set_of
+from adapterops.fleet.standing import carry
+from adapterops.fleet.staying import exchanged, kept_sketches, staying, without
+from adapterops.fleet.types import Array
+from adapterops.stream import Compute
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked for, checked; `aliases` are names of one and the same base."""
+
+    max_error: float | None
+    max_adapters: int | None
+    metric: Metric
+    activations: str | None
+    aliases: Mapping[str, str]
+    consent: Consent
+    representative: Literal["best", "medoid", "mean", "minimax"]
+    rank: int | Literal["same"]
+    dtype: str
+    discovery: float
+    previous: str | None
+    overwrite: bool
+    strict: bool
+    allow_pickle: bool
+    dry_run: bool
+
+    def recorded(self, fleet: Fleet) -> dict[str, Any]:
+        """What the plan says of how it was made."""
+        return {
+            "max_adapters": self.max_adapters,
+            "representative": self.representative,
+            "rank": self.rank,
+            "dtype": self.dtype,
+            "aliases": dict(self.aliases),
+            "removed": sorted(fleet.removed),
+            **self.consent.to_dict(),
+        }
+
+
+def plan_fleet(
+    path: str, out: str, options: Options, on: Compute, progress: Progress | None
+) -> ClusterReport:
+    """Plan the fleet at `path`, write PLAN at `out`, and say what came of it."""
+    check_output(out, directory=True, overwrite=options.overwrite)
+    fleet = open_fleet(path)
+    options.consent.policy.check(record.tenant.name for record in fleet.records)
+    if not fleet.records:
+        raise UsageError(f"{path} has no tenants", hint="fill it with: adapterops index")
+    inputs = None if options.activations is None else open_activations(options.activations)
+    previous = None if options.previous is None else read_plan(options.previous)
+    if previous is not None and previous.seed != fleet.seed:
+        raise UsageError(
+            f"{options.previous} was planned with seed {previous.seed}, the index has {fleet.seed}",
+            hint="only plans of the same seed go on: plan without --previous",
+        )
+    with _target(out, options) as place:
+        draft = Draft(fleet, options.consent, place.root, REPRESENTATIVES)
+        plan = _planned(draft, options, previous, inputs, on, progress)
+        changes = {} if previous is None else diff(previous, plan).to_dict()
+        report = outcome(plan, "" if options.dry_run else out, changes)
+        if isinstance(place, Staging):
+            if options.previous is not None:
+                stays = [rep for rep in draft.stayed if not rep.location]
+                carry(plan_folder(options.previous), stays, place)
+            write_plan(place, plan, draft.sketched())
+            _write_sidecar(place, report)
+    return report
+
+
+def _write_sidecar(staging: Staging, report: ClusterReport) -> None:
+    """What lists the files of the plan, so that --overwrite may replace it."""
+    names = sorted(str(file.relative_to(staging.root)) for file in staging.root.rglob("*.*"))
+    document = {**report.to_dict(), "files": names}
+    text = msgspec.json.format(msgspec.json.encode(document), indent=1)
+    staging.write(SIDECAR, [text, b"\n"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Nowhere:
+    """Where representatives are written that nobody asked to keep."""
+
+    root: Path
+
+
+@contextmanager
+def _target(out: str, options: Options) -> Iterator[Staging | _Nowhere]:
+    if options.dry_run:
+        folder = Path(tempfile.mkdtemp(prefix="adapterops-"))
+        try:
+            yield _Nowhere(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    with stage(out, directory=True, overwrite=options.overwrite) as staging:
+        yield staging
+
+
+def _planned(
+    draft: Draft,
+    options: Options,
+    previous: Plan | None,
+    inputs: Activations | None,
+    on: Compute,
+    progress: Progress | None,
+) -> Plan:
+    fleet, consent = draft.fleet, options.consent
+    draft.add_others(strict=options.strict)
+    parts = partitions(fleet, options.aliases, consent)
+    everyone = [set_of(part, consent) for part in parts]
+    bound = _bound(draft, everyone, options, on)
+    compare = partial(compare_groups, on=on, activations=inputs, allow_pickle=options.allow_pickle)
+    value = _error if inputs is None else _measured
+
+    def grouped(each: Sets) -> Grouped:
+        bounds = each.bounds(bound)
+        graph = edges(*each.vectors(fleet), bounds, on).permitted(each.permissions.allowed)
+        return verified_groups(each.nodes, graph, bounds, compare, value)
+
+    sets = everyone
+    if previous is not None and options.previous is not None:
+        stayed = staying(options.previous, previous, fleet, parts, consent, bound, compare, value)
+        placed = {name for one in stayed for name in one.errors}
+        alone = [r for part in parts for r in part.records if r.tenant.name not in placed]
+        fresh = [(grouped(each), [node.records for node in each.nodes]) for each in everyone]
+        stayed = without(stayed, exchanged(stayed, previous, alone, fresh))
+        placed = {name for one in stayed for name in one.errors}
+        draft.add_stayed(stayed, kept_sketches(options.previous, stayed))
+        rest = [
+            replace(part, records=tuple(r for r in part.records if r.tenant.name not in placed))
+            for part in parts
+        ]
+        sets = [set_of(part, consent) for part in rest if part.records]
+    make = partial(
+        choose,
+        on=on,
+        rank=options.rank,
+        kinds=KINDS if options.representative == "best" else (options.representative,),
+        dtype=options.dtype,
+        activations=inputs,
+        allow_pickle=options.allow_pickle,
+    )
+    done, total = 0, sum(len(each.nodes) for each in sets)
+    for each in sets:
+        draft.add_set(each, grouped(each), each.bounds(bound), make, value)
+        done += len(each.nodes)
+        if progress:
+            progress("adapters", done, total)
+    if options.max_adapters is not None and draft.adapters > options.max_adapters:
+        raise BudgetError(
+            f"{draft.adapters} adapters are needed: sketches promised {options.max_adapters} at "
+            f"an error of {bound:.3g}, and verification refused some of the pairs",
+            hint=f"give --max-adapters {draft.adapters}, or --max-error",
+        )
+    points, gain = _outlook(draft, everyone, bound, on)
+    return draft.plan(
+        max_error=bound,
+        metric=options.metric,
+        options=options.recorded(fleet),
+        discovery=options.discovery,
+        pareto=points,
+        gain=gain,
+        related=_related(draft, everyone, options, on),
+    )
+
+
+def _bound(draft: Draft, sets: Sequence[Sets], options: Options, on: Compute) -> float:
+    """The bound asked for, or the least estimated one at which so few adapters suffice."""
+    if options.max_error is not None:
+        return options.max_error
+    assert options.max_adapters is not None
+    fewest = draft.apart + len(sets)
+    if options.max_adapters < fewest:
+        raise BudgetError(
+            f"--max-adapters {options.max_adapters}: {fewest} are the fewest, as {draft.apart} "
+            f"tenants cannot share and the others are {len(sets)} kinds that cannot be compared",
+            hint=f"give --max-adapters {fewest} or more",
+        )
+    graphs = [
+        edges(*each.vectors(draft.fleet), each.bounds(GRID[-1]), on).permitted(
+            each.permissions.allowed
+        )
+        for each in sets
+    ]
+    return for_budget(graphs, options.max_adapters - draft.apart).max_error
+
+
+def _outlook(
+    draft: Draft, sets: Sequence[Sets], bound: float, on: Compute
+) -> tuple[tuple[Point, ...], Mapping[str, Any]]:
+    """What other bounds would give if all within each partition might share, and this one."""
+    widest = max(bound, GRID[-1])
+    try:
+        graphs = [edges(*each.vectors(draft.fleet), widest, on) for each in sets]
+    except MemoryLimitError as error:
+        draft.note(f"other bounds were not estimated: {error.message}")
+        return (), {}
+    norms = [each.norms for each in sets]
+    groups = sum(len(greedy_cover(graph.within(bound))) for graph in graphs)
+    gain = {"max_error": bound, "adapters": groups + draft.apart, "estimated": True}
+    return pareto(graphs, norms, alone=draft.apart), gain
+
+
+def _error(found: Error) -> float:
+    return found.error
+
+
+def _measured(found: Error) -> float:
+    return found.error if found.measured is None else found.measured
+
+
+def _related(
+    draft: Draft, sets: Sequence[Sets], options: Options, on: Compute
+) -> tuple[Related, ...]:
+    fleet = draft.fleet
+    listed: list[Related] = []
+    for each in sets:
+        records = [node.records[0] for node in each.nodes]
+        names = [record.tenant.name for record in records]
+        served = {name: draft.served[name].by for name in names}
+        sketches = fleet.matrix(records)[0]
+        norms = np.linalg.norm(sketches, axis=1, keepdims=True)
+        delta = np.divide(sketches, norms, out=sketches, where=norms > 0)
+        # What one initialisation makes alike are inputs: outputs start at zero.
+        kinds: tuple[tuple[By, Array, Array | None], ...] = (
+            ("delta", delta, fleet.starts(records)),
+            ("outputs", fleet.outputs(records), None),
+        )
+        for by, vectors, starts in kinds:
+            found, note = related(
+                names, vectors, by, served, on, starts=starts, q=options.discovery, seed=fleet.seed
+            )
+            listed += found
+            if note and len(sets) == 1:
+                draft.note(f"related tenants by {by}: {note}")
+    return tuple(listed)

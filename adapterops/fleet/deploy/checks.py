@@ -1,0 +1,117 @@
+"""What must still be true of a plan when it is deployed: its members, its base, its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from adapterops.errors import AdapterOpsError, IncompatibleError
+from adapterops.fleet.plan import Plan, Representative
+from adapterops.fleet.planfile import plan_folder
+from adapterops.fleet.store import Fleet, open_fleet
+
+_SHOWN = 5
+
+
+def some(names: Collection[str]) -> str:
+    """The first of some names, sorted, and how many more there are."""
+    shown = ", ".join(sorted(names)[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def index_of(
+    plan: Plan, path: str | os.PathLike[str], given: str | None
+) -> tuple[Fleet | None, str]:
+    """The index that a plan was made from, and a warning where it cannot be had.
+
+    `given` is where the user says it is: its errors are raised. Else it is looked for where the
+    plan says, from here and from the plan's folder.
+    """
+    if given is not None:
+        return open_fleet(given), ""
+    beside = os.path.join(plan_folder(path).parent, plan.fleet)
+    reason = "the plan names none"
+    for place in dict.fromkeys((plan.fleet, beside)):
+        if not plan.fleet:
+            break
+        try:
+            return open_fleet(place), ""
+        except AdapterOpsError as error:
+            reason = error.message
+    return None, (
+        f"the index {plan.fleet or '(none)'} cannot be read ({reason}): whether tenants were "
+        "off-boarded since is not known, and errors are bounded instead of computed; --fleet names "
+        "it"
+    )
+
+
+def check_members(plan: Plan, removed: Collection[str]) -> None:
+    """Raise IncompatibleError where the plan holds weights of, or serves, an off-boarded tenant."""
+    gone = set(removed)
+    for rep in plan.representatives.values():
+        held = gone & set(rep.holds)
+        if held:
+            raise IncompatibleError(
+                f"the representative {rep.id} still holds weights of {some(held)}, off-boarded "
+                "since the plan was made",
+                hint="plan again: cluster FLEET --previous PLAN -o PLAN2",
+            )
+    served = gone & plan.served.keys()
+    if served:
+        raise IncompatibleError(
+            f"the plan still serves {some(served)}, off-boarded since it was made",
+            hint="plan again: cluster FLEET --previous PLAN -o PLAN2",
+        )
+
+
+def check_content(rep: Representative, found: str) -> None:
+    """Raise IncompatibleError for a file that is not what the plan measured."""
+    if rep.content and found != rep.content:
+        raise IncompatibleError(
+            f"the representative {rep.id} has changed since it was planned: its content is "
+            f"{found[:12]}, the plan's {rep.content[:12]}",
+            path=rep.path,
+            hint="run index again and plan again: cluster FLEET --previous PLAN -o PLAN2",
+        )
+
+
+def of_base(
+    plan: Plan, served: str, aliases: Mapping[str, str], bases: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Tenants that `served` is the wrong base for, with the reason, and warnings.
+
+    A deployment serves one base. Where the plan has several, those of the one are taken whose name
+    is `served`, as a whole or in its last part. `aliases` maps names to those they stand for,
+    `bases` tenants to what their own adapters name, for those that need no adapter. Raises
+    IncompatibleError where it is none of them.
+    """
+    named: dict[str, str] = {}
+    for rep in plan.representatives.values():
+        for tenant in rep.members:
+            own = rep.base or bases.get(tenant, "")
+            base = aliases.get(own, own)
+            if base:
+                named[tenant] = base
+    known = sorted(set(named.values()))
+    alike = [base for base in known if _last(base) == _last(aliases.get(served, served))]
+    if len(known) > 1 and not alike:
+        raise IncompatibleError(
+            f"the plan has adapters of {len(known)} bases ({some(known)}), none of them called "
+            f"{served!r}",
+            hint="give one of these as --served-base; each is a deployment of its own",
+        )
+    if len(known) == 1 and not alike:
+        return {}, [
+            f"the adapters were trained on {known[0]!r}; {served!r} must have the same weights"
+        ]
+    wrong = {
+        tenant: f"was trained on {base!r}, and this deployment serves {served!r}"
+        for tenant, base in named.items()
+        if base not in alike
+    }
+    return wrong, []
+
+
+def _last(name: str) -> str:
+    return Path(name.rstrip("/")).name.lower()

@@ -1,0 +1,54 @@
+"""Names of deployed adapters: a hash of what they do, so that other content has another name.
+
+vLLM keeps prefix blocks by adapter name and path, and serves stale ones where the files under a
+name change (`v1/core/kv_cache_utils.py: _gen_lora_extra_hash_keys`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from pathlib import Path
+
+from adapterops.files.output import MAIN
+from adapterops.files.source import LocalFile, read_header
+from adapterops.fleet.deploy.forms import read_text
+from adapterops.formats import peft
+
+PREFIX = "lora-"  # never that of a salt
+_DIGITS = 16
+_BLOCK = 4 << 20
+
+
+def content(folder: Path) -> str:
+    """SHA-256 of an adapter's tensors (names, types, shapes, bytes) and config, as hex digits.
+
+    The metadata of the weights file is left out: it says who wrote it, which changes nothing.
+    """
+    digest = hashlib.sha256(read_text(folder / peft.CONFIG))
+    file = LocalFile(folder / MAIN)
+    buffer = bytearray(_BLOCK)
+    try:
+        header = read_header(file)
+        for name, entry in sorted(header.tensors.items()):
+            digest.update(repr((name, entry.dtype, tuple(entry.shape), entry.nbytes)).encode())
+            for start in range(0, entry.nbytes, _BLOCK):
+                view = memoryview(buffer)[: min(_BLOCK, entry.nbytes - start)]
+                file.pread_into(header.data_start + entry.start + start, view)
+                digest.update(view)
+    finally:
+        file.close()
+    return digest.hexdigest()
+
+
+def fresh(digest: str, taken: Collection[str]) -> str:
+    """The name of an adapter with that content; a second one of the same content is `…-2`.
+
+    Tenants whose bytes agree but who must not share an adapter have names of their own.
+    """
+    name = f"{PREFIX}{digest[:_DIGITS]}"
+    found, count = name, 1
+    while found in taken:
+        count += 1
+        found = f"{name}-{count}"
+    return found

@@ -1,0 +1,144 @@
+"""The representatives of a plan, one by one, into a staged folder under names of their own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapterops.errors import AdapterOpsError, BudgetError, IncompatibleError
+from adapterops.files.remote import located
+from adapterops.fleet.content import content_hash
+from adapterops.fleet.deploy import names
+from adapterops.fleet.deploy.checks import check_content
+from adapterops.fleet.deploy.forms import Formed, Terms, form
+from adapterops.fleet.deploy.report import Deployed
+from adapterops.fleet.plan import Plan, Representative
+from adapterops.formats import open_adapter_file
+from adapterops.formats.model import AdapterFile
+from adapterops.stream import Compute
+
+Progress = Callable[[str, int, int], None]
+_DIGITS = 16
+_NOTES = 12
+
+
+@dataclass(slots=True)
+class Written:
+    """What was put where: adapters, their forms and folders by id, tenants left out, notes.
+
+    `digests` are of the content, for those that were written. `notes` are what -> (adapters, said).
+    """
+
+    adapters: list[Deployed] = field(default_factory=list)
+    forms: dict[str, Formed] = field(default_factory=dict)
+    folders: dict[str, Path] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def sharing(self) -> list[str]:
+        """Tenants whose prefix cache another one would see: of one adapter, or of equal bytes."""
+        alike = Counter(self.digests.values())
+        return [
+            tenant
+            for item in self.adapters
+            for tenant in item.members
+            if len(item.members) > 1 or alike[self.digests.get(item.id, "")] > 1
+        ]
+
+    def said(self) -> list[str]:
+        """The notes, each once with how many adapters it is about."""
+        lines = [f"{n} adapters: {text}" if n > 1 else text for n, text in self.notes.values()]
+        more = len(lines) - _NOTES
+        return lines if more <= 0 else [*lines[:_NOTES], f"and {more} more notes of this kind"]
+
+
+def write_all(
+    plan: Plan,
+    chosen: Sequence[Representative],
+    places: Mapping[str, str],
+    root: Path | None,
+    terms: Terms,
+    on: Compute,
+    *,
+    allow_pickle: bool,
+    progress: Progress | None,
+) -> Written:
+    """Write `chosen` below `root`, in this order; with None only say what they would be.
+
+    `places` are their paths or URIs by id. Tenants of one that the engine cannot serve are left
+    out with the reason. Raises IncompatibleError for a file that is not what was planned, and
+    whatever reading one raises.
+    """
+    result, taken = Written(), set[str]()
+    for count, rep in enumerate(chosen):
+        if progress:
+            progress("adapters", count, len(chosen))
+        with opened(places[rep.id], allow_pickle) as file:
+            check_content(rep, content_of(file))
+            staged = None if root is None else root / f"{names.PREFIX}new"
+            label = rep.content[:_DIGITS] or "representative"
+            try:
+                found = form(file, label, staged, terms, on)
+            except (IncompatibleError, BudgetError) as error:
+                result.left |= dict.fromkeys(rep.members, _reason(error))
+                continue
+        name = ""
+        if staged is not None:
+            digest = names.content(staged)
+            name = names.fresh(digest, taken)
+            taken.add(name)
+            result.folders[rep.id] = staged.rename(staged.with_name(name))
+            result.digests[rep.id] = digest
+        traffic = sum(plan.served[tenant].traffic for tenant in rep.members)
+        result.forms[rep.id] = found
+        result.adapters.append(
+            Deployed(
+                name,
+                rep.id,
+                rep.kind,
+                rep.members,
+                traffic,
+                found.rank,
+                found.size,
+                found.dtype,
+                found.how,
+                found.change,
+            )
+        )
+        for rule, text in found.notes.items():
+            before = result.notes.get(rule, (0, text))
+            result.notes[rule] = (before[0] + 1, before[1])
+    if progress:
+        progress("adapters", len(chosen), len(chosen))
+    return result
+
+
+@contextmanager
+def opened(place: str, allow_pickle: bool) -> Iterator[AdapterFile]:
+    """The adapter at a path or URI, closed at the end; what changed meanwhile is an error."""
+    with located(place, allow_pickle=allow_pickle, side_files=True) as path:
+        file = open_adapter_file(path, allow_pickle=allow_pickle)
+        try:
+            yield file
+            for source in file.sources:
+                source.check_unchanged()
+        finally:
+            for source in file.sources:
+                source.close()
+
+
+def content_of(file: AdapterFile) -> str:
+    """The content hash that the plan has of a representative."""
+    digests = {name: hashlib.sha256(ref.raw().data).digest() for name, ref in file.tensors.items()}
+    return content_hash(file, digests)
+
+
+def _reason(error: AdapterOpsError) -> str:
+    """Why an engine does not serve an adapter; the path would be that of a copy."""
+    where = f"module {error.module}: " if error.module else ""
+    return f"{where}{error.message}" + (f"; {error.hint}" if error.hint else "")

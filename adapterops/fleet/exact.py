@@ -1,0 +1,123 @@
+"""How far an adapter that serves a tenant is from the tenant's own: exact, of the files on disk.
+
+Errors are over all modules, biases included; one that an adapter lacks is zero there. They come
+from factors in float64, as differences (`frames`), and say what is missing and what is foreign
+(`shortfall`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+
+from adapterops.activations import Activations
+from adapterops.errors import AdapterOpsError
+from adapterops.files.remote import is_remote
+from adapterops.files.scratch import scratch
+from adapterops.fleet.held import CHUNK, Held, Result
+from adapterops.fleet.opening import Opener
+from adapterops.fleet.shortfall import Error
+from adapterops.formats.locate import locate
+from adapterops.stream import Compute, Job, run
+
+__all__ = ["Error", "Result", "compare", "compare_groups", "compare_many"]
+
+Group = tuple[str | None, Sequence[str]]
+_SLICE = 16  # members of a job
+_UNKNOWN = 64 << 20
+
+
+def compare(
+    representative: str | None,
+    member: str,
+    *,
+    activations: Activations | None = None,
+    allow_pickle: bool = False,
+) -> Error:
+    """The error of serving the tenant at `member` by the adapter at `representative`.
+
+    None is no adapter at all, the base model. Raises what opening and reading either raises, and
+    IncompatibleError where a module has another shape.
+    """
+    [result] = compare_many(
+        representative, [member], Compute(), activations=activations, allow_pickle=allow_pickle
+    )
+    if isinstance(result, AdapterOpsError):
+        raise result
+    return result
+
+
+def compare_many(
+    representative: str | None,
+    members: Sequence[str],
+    on: Compute,
+    *,
+    activations: Activations | None = None,
+    allow_pickle: bool = False,
+) -> Iterator[Result]:
+    """`compare` of many members, in order; one that fails yields its error instead.
+
+    What is wrong with the representative is yielded for every member.
+    """
+    groups = [(representative, members)]
+    for results in compare_groups(groups, on, activations=activations, allow_pickle=allow_pickle):
+        yield from results
+
+
+def compare_groups(
+    groups: Iterable[Group],
+    on: Compute,
+    *,
+    activations: Activations | None = None,
+    allow_pickle: bool = False,
+) -> Generator[list[Result], None, None]:
+    """`compare_many` of many representatives in one run: a list for each, in order.
+
+    Every member is opened and read once for each group that it is in, every representative once.
+    """
+    opener, stack = Opener(allow_pickle=allow_pickle), ExitStack()
+    sizes: deque[int] = deque()
+
+    def jobs() -> Iterator[Job[list[Result]]]:
+        inside = None
+        for representative, members in groups:
+            remote = representative is not None and is_remote(representative)
+            if inside is None and (remote or any(map(is_remote, members))):
+                inside = stack.enter_context(scratch())
+            held = Held(representative, opener, activations, on.memory // 4, inside)
+            # One that is fetched is fetched once; else a job is a few members.
+            few = max(1, min(_SLICE, math.ceil(len(members) / on.threads)))
+            size = max(1, len(members)) if remote else few
+            slices = [members[at : at + size] for at in range(0, len(members), size)] or [()]
+            sizes.append(len(slices))
+            for part in slices:
+                peak = _peak(representative, part, on.memory // 4)
+                yield Job(representative or "the base model", held.against, (part,), peak)
+
+    gathered: list[Result] = []
+    done = 0
+    with stack, closing(run(jobs(), on)) as results:
+        for result in results:
+            gathered += result
+            done += 1
+            if done == sizes[0]:
+                yield gathered
+                sizes.popleft()
+                gathered, done = [], 0
+
+
+def _peak(representative: str | None, members: Sequence[str], budget: int) -> int:
+    """Bytes that a job needs at most, guessed from sizes on disk: factors of 16 bits."""
+    own = _size(representative) if representative is not None else 0
+    largest = max(map(_size, members), default=0)
+    return min(4 * own, budget) + largest + 8 * 8 * min(CHUNK, max(own, largest) // 2)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(locate(path).weights)
+    except (AdapterOpsError, OSError):
+        return _UNKNOWN  # remote, or missing, which reading it will say

@@ -1,0 +1,135 @@
+"""From a candidate graph to groups in which every member's error is verified.
+
+Greedy takes groups by estimated distances; the files of each pair it uses are compared exactly.
+Whoever is over their bound is evicted, the edge is struck out, and the cover goes on for those who
+were: to another adapter that is kept, or to a new one. After a few rounds the rest are alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from adapterops.errors import AdapterOpsError
+from adapterops.fleet.cover import greedy_cover
+from adapterops.fleet.exact import Error, Result
+from adapterops.fleet.graph import Candidates
+from adapterops.fleet.policy import Permissions
+from adapterops.fleet.types import Array, Record
+
+_ROUNDS = 3
+Compare = Callable[[Sequence[tuple[str, Sequence[str]]]], Iterable[list[Result]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Byte duplicates that consent does not tell apart, sorted by tenant: one of them for all."""
+
+    records: tuple[Record, ...]
+
+    @property
+    def record(self) -> Record:
+        """The first, with the traffic of all."""
+        first = self.records[0]
+        if len(self.records) == 1:
+            return first
+        traffic = sum(record.tenant.traffic for record in self.records)
+        return replace(first, tenant=replace(first.tenant, traffic=traffic))
+
+
+@dataclass(slots=True)
+class Group:
+    """Nodes that the original of `center` may serve, each with its verified error."""
+
+    center: int
+    errors: dict[int, Error] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """Verified groups, sorted by centre; `refused` counts pairs that were over a bound or failed.
+
+    `failed` are nodes whose files could not be read again, with what was said.
+    """
+
+    groups: tuple[Group, ...]
+    refused: int
+    failed: Mapping[int, AdapterOpsError]
+
+
+def nodes_of(records: Sequence[Record], permissions: Permissions) -> list[Node]:
+    """Records, sorted by tenant, as nodes; byte duplicates are one where each may serve the others.
+
+    Row i of `permissions` is record i's.
+    """
+    alike: defaultdict[tuple[object, ...], list[Record]] = defaultdict(list)
+    for row, record in enumerate(records):
+        free = permissions.serves[row] and permissions.limits[row] < 0 and record.content
+        key = (record.content, bool(permissions.differs[row])) if free else (row,)
+        alike[key].append(record)
+    return [Node(tuple(found)) for found in alike.values()]
+
+
+def verified_groups(
+    nodes: Sequence[Node],
+    graph: Candidates,
+    bounds: Array,
+    compare: Compare,
+    value: Callable[[Error], float],
+    *,
+    groups: Iterable[Group] = (),
+    todo: Array | None = None,
+) -> Grouped:
+    """Cover all nodes, or `todo` (N,) bool, going on from `groups` that are there.
+
+    `graph` holds only edges that consent permits, `bounds` (N,) the largest error of each node;
+    `value` is the figure of an error that is bounded.
+    """
+    kept = {group.center: group for group in groups}
+    left = np.ones(len(nodes), bool) if todo is None else todo.copy()
+    failed: dict[int, AdapterOpsError] = {}
+    refused = 0
+    for last in [False] * _ROUNDS + [True]:
+        if last:  # nobody but oneself is left to be tried
+            graph = graph.kept(np.zeros(len(graph.members), bool))
+        cover = greedy_cover(graph, todo=left, chosen=sorted(kept))
+        others = {each.center: [int(m) for m in each.members if m != each.center] for each in cover}
+        asked = [(center, members) for center, members in others.items() if members]
+        files = [
+            (_file(nodes[center]), [_file(nodes[member]) for member in members])
+            for center, members in asked
+        ]
+        struck: list[tuple[int, int]] = []
+        left = np.zeros(len(nodes), bool)
+        for center in others.keys() - kept.keys():
+            kept[center] = Group(center, {center: exact(nodes[center].records[0])})
+        for (center, members), results in zip(asked, compare(files), strict=True):
+            for member, result in zip(members, results, strict=True):
+                if isinstance(result, AdapterOpsError):
+                    failed[member] = result
+                elif value(result) <= bounds[member]:
+                    kept[center].errors[member] = result
+                    continue
+                struck.append((center, member))
+                left[member] = True
+        refused += len(struck)
+        left[list(failed)] = False
+        if not left.any():
+            break
+        graph = graph.without(struck)
+    for member, error in failed.items():
+        kept.setdefault(member, Group(member, {member: exact(nodes[member].records[0])}))
+        failed[member] = error
+    return Grouped(tuple(kept[center] for center in sorted(kept)), refused, failed)
+
+
+def exact(record: Record) -> Error:
+    """What a tenant gets who is served by its own bytes."""
+    return Error(0.0, 0.0, 0.0, 1.0, ("", 0.0), None, record.norm, 0.0)
+
+
+def _file(node: Node) -> str:
+    return node.records[0].tenant.location

@@ -1,0 +1,166 @@
+"""Planning again beside an earlier plan: who stays with the adapter that served them.
+
+What of the earlier plan may stand is offered first to its own members, then to whoever is near it;
+files are compared anew, for any of them may have changed. Tenants for whom a fresh plan would save
+enough adapters are let go (`sticky.exchanges`), and everybody who is left is covered afresh.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from adapterops.errors import AdapterOpsError
+from adapterops.fleet.exact import Error
+from adapterops.fleet.grouping import Compare, Grouped, exact
+from adapterops.fleet.nearest import nearest, searched
+from adapterops.fleet.opened import Fleet
+from adapterops.fleet.partition import Partition
+from adapterops.fleet.plan import Plan, Representative
+from adapterops.fleet.planfile import Sketched, located, read_sketches
+from adapterops.fleet.policy import Consent
+from adapterops.fleet.sticky import exchanges, offers_of, place, survivors
+from adapterops.fleet.types import Record
+
+_CANDIDATES = 3
+_DIGITS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Stayed:
+    """A representative of the earlier plan that stands, its members' verified errors, its sketch.
+
+    `records` are the members, sorted by tenant.
+    """
+
+    representative: Representative
+    records: tuple[Record, ...]
+    errors: Mapping[str, Error]
+
+
+def staying(
+    folder: str,
+    previous: Plan,
+    fleet: Fleet,
+    parts: Sequence[Partition],
+    consent: Consent,
+    bound: float,
+    compare: Compare,
+    value: Callable[[Error], float],
+) -> list[Stayed]:
+    """The representatives of `previous`, a plan at `folder`, that stay, and whom they serve."""
+    records = {record.tenant.name: record for part in parts for record in part.records}
+    contents = {name: record.content for name, record in records.items()}
+    survival = survivors(previous, contents, consent, fleet.removed)
+    near = _near(folder, fleet, parts, consent, bound, set(survival.kept))
+
+    def verify(id: str, names: Sequence[str]) -> dict[str, Error | None]:
+        rep = survival.kept[id]
+        found: dict[str, Error | None] = dict.fromkeys(names)
+        own = [name for name in names if records[name].content == rep.content]
+        others = [name for name in names if name not in own]
+        found |= {name: exact(records[name]) for name in own}
+        if not others:
+            return found
+        server = located(folder, rep.location, rep.path)
+        places = [records[name].tenant.location for name in others]
+        try:
+            [results] = compare([(server, places)])
+        except AdapterOpsError:  # it is gone or damaged: nobody stays with it
+            return found
+        for name, result in zip(others, results, strict=True):
+            if isinstance(result, Error) and value(result) <= consent.bound(name, bound):
+                found[name] = result
+        return found
+
+    placed = place(offers_of(survival, near, consent), verify)
+    members: defaultdict[str, dict[str, Error]] = defaultdict(dict)
+    for name, (id, error) in placed.found.items():
+        members[id][name] = error
+    return [
+        Stayed(
+            replace(survival.kept[id], members=tuple(sorted(errors)), bound=None),
+            tuple(records[name] for name in sorted(errors)),
+            errors,
+        )
+        for id, errors in sorted(members.items())
+    ]
+
+
+def _near(
+    folder: str,
+    fleet: Fleet,
+    parts: Sequence[Partition],
+    consent: Consent,
+    bound: float,
+    kept: set[str],
+) -> dict[str, list[str]]:
+    """The nearest representatives by tenant, from sketches."""
+    pool = [searched(part) for part in read_sketches(folder)]
+    found = {}
+    for part in parts:
+        among = [one for one in pool if one.part.key[:3] == part.key[:3]]
+        for record, signature in zip(part.records, fleet.signatures(part.records), strict=True):
+            name = record.tenant.name
+            if consent.policy.rule(name).private:
+                continue
+            limit = consent.bound(name, bound)
+            hits = [
+                hit for one in among for hit in nearest(one, signature, limit, kept.__contains__)
+            ]
+            hits.sort(key=lambda hit: (hit.estimate, hit.id))
+            found[name] = [hit.id for hit in hits[:_CANDIDATES]]
+    return found
+
+
+def exchanged(
+    stayed: Sequence[Stayed],
+    previous: Plan,
+    alone: Sequence[Record],
+    fresh: Sequence[tuple[Grouped, Sequence[Sequence[Record]]]],
+) -> set[str]:
+    """The tenants whose groups are worth taking apart.
+
+    `alone` are those that nothing of the earlier plan serves, `fresh` the verified groups of a plan
+    that keeps nothing, with the records of each of their nodes.
+    """
+    before = {name: item.by for name, item in previous.served.items()}
+    sticky = {name: one.representative.id for one in stayed for name in one.errors}
+    sticky |= {record.tenant.name: record.content[:_DIGITS] for record in alone}
+    other: dict[str, str] = {}
+    for grouped, nodes in fresh:
+        for group in grouped.groups:
+            label = nodes[group.center][0].content[:_DIGITS]
+            for node in group.errors:
+                other |= {record.tenant.name: label for record in nodes[node]}
+    common = sticky.keys() & other.keys()
+    return exchanges(
+        before, {name: sticky[name] for name in common}, {name: other[name] for name in common}
+    )
+
+
+def without(stayed: Sequence[Stayed], names: set[str]) -> list[Stayed]:
+    """What stays when these tenants do not; a representative of nobody goes."""
+    kept = []
+    for one in stayed:
+        errors = {name: error for name, error in one.errors.items() if name not in names}
+        records = tuple(record for record in one.records if record.tenant.name in errors)
+        if errors:
+            rep = replace(one.representative, members=tuple(sorted(errors)))
+            kept.append(Stayed(rep, records, errors))
+    return kept
+
+
+def kept_sketches(folder: str, stayed: Sequence[Stayed]) -> list[Sketched]:
+    """The sketches of a plan's representatives that stay."""
+    ids = {one.representative.id for one in stayed}
+    found = []
+    for part in read_sketches(folder):
+        rows = [row for row, id in enumerate(part.ids) if id in ids]
+        if rows:
+            names = tuple(part.ids[row] for row in rows)
+            found.append(
+                replace(part, ids=names, norms=part.norms[rows], sketches=part.sketches[rows])
+            )
+    return found
