@@ -93,6 +93,10 @@ class UnsafeFileError(FormatError):
     """Hostile names, code in a pickle, sizes that do not add up."""
 
 
+class PickleRefusedError(FormatError):
+    """A pickle that nobody allowed to be opened."""
+
+
 class IncompatibleError(AdapterOpsError, ValueError):
     exit_code = 4
 

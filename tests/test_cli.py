@@ -305,7 +305,18 @@ LIST = {"adapters", "from_file"}
         ("deploy", set()),
         ("assign", set()),
     ],
-    ids=["merge", "compress", "convert", "extract", "inspect", "diff", "check", "index", "deploy", "assign"],
+    ids=[
+        "merge",
+        "compress",
+        "convert",
+        "extract",
+        "inspect",
+        "diff",
+        "check",
+        "index",
+        "deploy",
+        "assign",
+    ],
 )
 def test_options_are_the_functions_parameters(name, own):
     """Command line and library offer the same options under the same names, with one default."""

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -278,6 +279,26 @@ def test_what_no_patience_helps_is_said_at_once(tmp_path, fault, words):
     with pytest.raises(FileError, match=words), located(uri):
         pass
     assert len(Counting.asked) == 1
+
+
+def test_no_more_requests_run_at_once_than_may():
+    full, lock, active, peak = threading.Event(), threading.Lock(), 0, 0
+
+    def request() -> None:
+        nonlocal active, peak
+        with lock:
+            active += 1
+            peak = max(peak, active)
+            if active == patience.REQUESTS:
+                threading.Timer(0.1, full.set).start()
+        full.wait(10)
+        with lock:
+            active -= 1
+
+    with ThreadPoolExecutor(2 * patience.REQUESTS) as pool:
+        for done in [pool.submit(patience.patiently, request, "x") for _ in range(40)]:
+            done.result()
+    assert peak == patience.REQUESTS
 
 
 @pytest.mark.parametrize("change", ["replaced", "shorter", "longer"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,6 +69,7 @@ class Options:
             "representative": self.representative,
             "rank": self.rank,
             "dtype": self.dtype,
+            "activations": self.activations,
             "aliases": dict(self.aliases),
             "removed": sorted(fleet.removed),
             **self.consent.to_dict(),
@@ -80,7 +82,8 @@ def plan_fleet(
     """Plan the fleet at `path`, write PLAN at `out`, and say what came of it."""
     check_output(out, directory=True, overwrite=options.overwrite)
     fleet = open_fleet(path)
-    options.consent.policy.check(record.tenant.name for record in fleet.records)
+    known = {record.tenant.name for record in fleet.records}
+    options.consent.policy.check(known | fleet.removed | fleet.vanished)
     if not fleet.records:
         raise UsageError(f"{path} has no tenants", hint="fill it with: adapterops index")
     inputs = None if options.activations is None else open_activations(options.activations)
@@ -242,7 +245,9 @@ def _error(found: Error) -> float:
 
 
 def _measured(found: Error) -> float:
-    return found.error if found.measured is None else found.measured
+    if found.measured is None:  # inputs say nothing of it: only the same is certain
+        return 0.0 if found.error == 0.0 else math.inf
+    return found.measured
 
 
 def _related(

@@ -85,10 +85,11 @@ class Draft:
     def add_others(self, *, strict: bool) -> None:
         """Who cannot be compared: no-ops, kinds that only serve themselves, broken files."""
         for record in self.fleet.records:
-            if record.status == "no-op":
+            private = self._consent.policy.rule(record.tenant.name).private
+            if record.status == "no-op" and not private:
                 self._add_no_op(record)
-            elif record.status == "ineligible":
-                self._alone(record, f"not compared: {record.reason}")
+            elif record.status in ("no-op", "ineligible"):
+                self._alone(record, "private" if private else f"not compared: {record.reason}")
                 self.apart += 1
             elif record.status == "broken":
                 self._exclude(record, record.reason, strict)

@@ -130,10 +130,15 @@ def read_sketches(path: str | os.PathLike[str]) -> list[Sketched]:
         result = []
         for index, part in enumerate(parts):
             arrays = []
-            for name in (f"{index}.sketch", f"{index}.norm"):
+            for name, dtype, kind in (
+                (f"{index}.sketch", "F16", "<f2"),
+                (f"{index}.norm", "F64", "<f8"),
+            ):
                 entry = header.tensors[name]
+                if entry.dtype != dtype:
+                    raise ValueError(f"{name} is {entry.dtype}, expected {dtype}")
                 raw = read_bytes(source, header.data_start + entry.start, entry.nbytes)
-                arrays.append(casts.decode(np.frombuffer(raw, np.uint8), entry.dtype, entry.shape))
+                arrays.append(np.frombuffer(raw, kind).reshape(entry.shape))
             sketches, norms = arrays
             expected = (len(part.ids), len(part.stems) * part.side**2)
             if sketches.shape != expected or norms.shape != expected[:1]:

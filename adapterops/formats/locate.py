@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterops.errors import FileError, FormatError
+from adapterops.errors import FileError, FormatError, PickleRefusedError
 from adapterops.files.source import LocalFile, read_bytes, unreadable
 from adapterops.formats import mlx, peft
 
@@ -147,7 +147,7 @@ def read_text(path: str, limit: int = 16_000_000) -> bytes:
 
 def missing_pickle_permission(path: str) -> FileError | FormatError:
     """The refusal of a pickle that was not allowed."""
-    return FormatError(
+    return PickleRefusedError(
         "is a PyTorch pickle, which can run code when it is opened",
         path=path,
         hint="pass --allow-pickle to read it with weights_only=True",

@@ -82,17 +82,20 @@ def of_base(
     """Tenants that `served` is the wrong base for, with the reason, and warnings.
 
     A deployment serves one base. Where the plan has several, those of the one are taken whose name
-    is `served`, as a whole or in its last part. `aliases` maps names to those they stand for,
-    `bases` tenants to what their own adapters name, for those that need no adapter. Raises
-    IncompatibleError where it is none of them.
+    is `served`, as a whole or in its last part, and those that name none are no one's. `aliases`
+    maps names to those they stand for, `bases` tenants to what their own adapters name, for those
+    that need no adapter. Raises IncompatibleError where it is none of them.
     """
     named: dict[str, str] = {}
+    nameless: list[str] = []
     for rep in plan.representatives.values():
         for tenant in rep.members:
             own = rep.base or bases.get(tenant, "")
             base = aliases.get(own, own)
             if base:
                 named[tenant] = base
+            else:
+                nameless.append(tenant)
     known = sorted(set(named.values()))
     alike = [base for base in known if _last(base) == _last(aliases.get(served, served))]
     if len(known) > 1 and not alike:
@@ -110,6 +113,9 @@ def of_base(
         for tenant, base in named.items()
         if base not in alike
     }
+    if len(known) > 1:
+        unknown = "names no base, and the plan has several; a blank name in --base-alias is it"
+        wrong |= dict.fromkeys(nameless, unknown)
     return wrong, []
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapterops.errors import AdapterOpsError, BudgetError, IncompatibleError
+from adapterops.errors import AdapterOpsError, BudgetError, IncompatibleError, PickleRefusedError
 from adapterops.files.remote import located
 from adapterops.fleet.content import content_hash
 from adapterops.fleet.deploy import names
@@ -78,15 +78,19 @@ def write_all(
     for count, rep in enumerate(chosen):
         if progress:
             progress("adapters", count, len(chosen))
-        with opened(places[rep.id], allow_pickle) as file:
-            check_content(rep, content_of(file))
-            staged = None if root is None else root / f"{names.PREFIX}new"
-            label = rep.content[:_DIGITS] or "representative"
-            try:
-                found = form(file, label, staged, terms, on)
-            except (IncompatibleError, BudgetError) as error:
-                result.left |= dict.fromkeys(rep.members, _reason(error))
-                continue
+        staged = None if root is None else root / f"{names.PREFIX}new"
+        try:
+            with opened(places[rep.id], allow_pickle) as file:
+                check_content(rep, content_of(file))
+                label = rep.content[:_DIGITS] or "representative"
+                try:
+                    found = form(file, label, staged, terms, on)
+                except (IncompatibleError, BudgetError) as error:
+                    result.left |= dict.fromkeys(rep.members, _reason(error))
+                    continue
+        except PickleRefusedError as error:
+            result.left |= dict.fromkeys(rep.members, _reason(error))
+            continue
         name = ""
         if staged is not None:
             digest = names.content(staged)
