@@ -30,6 +30,7 @@ from adapterops.errors import (
 )
 from adapterops.files import names, patience, scratch
 from adapterops.files.objects import HEAD, Store
+from adapterops.files.output import stage
 from adapterops.files.remote import fetched, is_remote, listing, located
 from adapterops.fleet.tenants import check_adapter
 from adapterops.formats import mlx, open_adapter_file, peft
@@ -158,7 +159,8 @@ def test_a_kohya_file_is_fetched_alone(tmp_path):
     upload(file, "counting://bucket/k.safetensors")
     with located("counting://bucket/k.safetensors") as path:
         assert Path(path).read_bytes() == file.read_bytes()
-        assert os.listdir(os.path.dirname(path)) == ["k.safetensors"]
+        beside = [name for name in os.listdir(os.path.dirname(path)) if name[0] != "."]
+        assert beside == ["k.safetensors"]
 
 
 def test_a_long_name_is_shortened(tmp_path):
@@ -437,3 +439,13 @@ def test_hub_uris_are_opened_by_the_hubs_file_system():
     assert store.root == "owner/name/adapter"
     info = {"name": "owner/name/adapter/x.safetensors", "size": 5, "blob_id": "abc"}
     assert store.entry(info) == ("hf://owner/name/adapter/x.safetensors", 5, "abc")
+
+
+def test_files_can_be_published_into_a_temporary_folder(tmp_path):
+    """Publishing locks the folder it writes into, and the lock of a temporary one is no obstacle."""
+    with (
+        scratch.scratch(tmp_path) as folder,
+        stage(folder / "a", directory=True, overwrite=False) as made,
+    ):
+        made.write("x", [b"1"])
+    assert not folder.exists()

@@ -19,6 +19,7 @@ from adapterops.files.output import unwritable
 from adapterops.files.publish import undisturbed
 
 PREFIX = "adapterops-fetched-"
+_LOCK = ".lock"
 _AGE = 60  # seconds; a younger folder may be about to be locked
 
 
@@ -50,8 +51,12 @@ def scratch(inside: str | os.PathLike[str] | None = None) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int:
-    """A descriptor that holds the lock of a folder; of a file system without locks, none."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """A descriptor that holds the lock of a folder; of a file system without locks, none.
+
+    It is a file's in it: whoever publishes files into the folder locks the folder itself.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(folder / _LOCK, flags, 0o600)
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
@@ -75,7 +80,8 @@ def _sweep(parent: str) -> None:
 
 
 def _remove_unlocked(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(folder / _LOCK, flags, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
