@@ -17,11 +17,12 @@ from adapterops.errors import AdapterOpsError
 from adapterops.fleet.cover import greedy_cover
 from adapterops.fleet.exact import Error, Result
 from adapterops.fleet.graph import Candidates
-from adapterops.fleet.policy import Permissions
+from adapterops.fleet.policy import NEAR_EXACT, Permissions
 from adapterops.fleet.types import Array, Record
 
 _ROUNDS = 3
 Compare = Callable[[Sequence[tuple[str, Sequence[str]]]], Iterable[list[Result]]]
+Value = Callable[[Error], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,10 @@ def nodes_of(records: Sequence[Record], permissions: Permissions) -> list[Node]:
     alike: defaultdict[tuple[object, ...], list[Record]] = defaultdict(list)
     for row, record in enumerate(records):
         free = permissions.serves[row] and permissions.limits[row] < 0 and record.content
-        key = (record.content, bool(permissions.differs[row])) if free else (row,)
+        key: tuple[object, ...] = (row,)
+        if free:
+            lists = tuple(map(int, permissions.named.get(row, ())))
+            key = record.content, bool(permissions.differs[row]), lists
         alike[key].append(record)
     return [Node(tuple(found)) for found in alike.values()]
 
@@ -78,7 +82,7 @@ def verified_groups(
     graph: Candidates,
     bounds: Array,
     compare: Compare,
-    value: Callable[[Error], float],
+    value: Value,
     *,
     groups: Iterable[Group] = (),
     todo: Array | None = None,
@@ -89,6 +93,7 @@ def verified_groups(
     `value` is the figure of an error that is bounded.
     """
     kept = {group.center: group for group in groups}
+    owner = {member: center for center, group in kept.items() for member in group.errors}
     left = np.ones(len(nodes), bool) if todo is None else todo.copy()
     failed: dict[int, AdapterOpsError] = {}
     refused = 0
@@ -105,13 +110,18 @@ def verified_groups(
         struck: list[tuple[int, int]] = []
         left = np.zeros(len(nodes), bool)
         for center in others.keys() - kept.keys():
+            if center in owner:  # who serves others serves itself as well
+                del kept[owner[center]].errors[center]
             kept[center] = Group(center, {center: exact(nodes[center].records[0])})
-        for (center, members), results in zip(asked, compare(files), strict=True):
+            owner[center] = center
+        compared = compare(files) if files else ()
+        for (center, members), results in zip(asked, compared, strict=True):
             for member, result in zip(members, results, strict=True):
                 if isinstance(result, AdapterOpsError):
                     failed[member] = result
-                elif value(result) <= bounds[member]:
+                elif fits(result, float(bounds[member]), value):
                     kept[center].errors[member] = result
+                    owner[member] = center
                     continue
                 struck.append((center, member))
                 left[member] = True
@@ -124,6 +134,14 @@ def verified_groups(
         kept.setdefault(member, Group(member, {member: exact(nodes[member].records[0])}))
         failed[member] = error
     return Grouped(tuple(kept[center] for center in sorted(kept)), refused, failed)
+
+
+def fits(found: Error, bound: float, value: Value) -> bool:
+    """Whether a tenant may be served with this error.
+
+    Who consents to no more than a duplicate gets one in ΔW too, whatever `value` is in terms of.
+    """
+    return value(found) <= bound and (bound > NEAR_EXACT or found.error <= bound)
 
 
 def exact(record: Record) -> Error:

@@ -101,6 +101,9 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         unknown = {item.by for item in plan.served.values()} - plan.representatives.keys()
         if unknown:
             raise ValueError(f"there is no representative {min(unknown)!r}")
+        listed = [(name, id) for id, rep in plan.representatives.items() for name in rep.members]
+        if sorted(listed) != sorted((name, item.by) for name, item in plan.served.items()):
+            raise ValueError("members of representatives are not those whom they serve")
         if document.get("routes") != plan.routes:
             raise ValueError("routes are not those of served and representatives")
     except (msgspec.ValidationError, ValueError) as error:

@@ -17,13 +17,14 @@ from adapterops.stream import Compute
 
 
 def locations(plan: Plan, index: Mapping[str, str]) -> dict[str, str]:
-    """Where tenants' own adapters are: by the index, and by originals that the plan serves."""
+    """Where tenants' own adapters are: as assigned, by the index, by originals in the plan."""
     own = {
         rep.holds[0]: rep.location
         for rep in plan.representatives.values()
         if rep.location and len(rep.holds) == 1
     }
-    return {**own, **{name: place for name, place in index.items() if name in plan.served}}
+    assigned = {name: item.location for name, item in plan.served.items() if item.location}
+    return {**own, **{name: index[name] for name in index.keys() & plan.served.keys()}, **assigned}
 
 
 def inputs_of(plan: Plan, given: str | None) -> Activations | None:
@@ -61,7 +62,7 @@ def errors_of(
     """
     found: dict[str, TenantError] = {}
     own = {
-        rep.holds[0]
+        rep.holds[0]: rep.id
         for rep in plan.representatives.values()
         if rep.location and len(rep.holds) == 1 and places.get(rep.holds[0]) == rep.location
     }
@@ -71,7 +72,7 @@ def errors_of(
         asked = []
         for tenant in item.members:
             served = plan.served[tenant]
-            if tenant in own and item.how != "written":
+            if own.get(tenant) == item.id and item.how != "written":
                 found[tenant] = TenantError(
                     item.name, 0.0, served.error, 0.0, "own", 0.0, 0.0, ("", 0.0), nothing
                 )
@@ -122,7 +123,7 @@ def check_limit(found: Mapping[str, TenantError], limit: float | None, engine: s
     """Raise BudgetError, naming the tenants, where an error is above `limit`."""
     if limit is None:
         return
-    figures = {name: _counted(error) for name, error in found.items()}
+    figures = {name: error.counted for name, error in found.items()}
     over = [name for name, value in figures.items() if not value <= limit]
     if over:
         worst = max(over, key=lambda name: figures[name])
@@ -132,10 +133,6 @@ def check_limit(found: Mapping[str, TenantError], limit: float | None, engine: s
             f"({worst}, planned {found[worst].planned:.4g})",
             hint=f"--max-error {_above(figures[worst])} accepts them, or plan with a lower one",
         )
-
-
-def _counted(error: TenantError) -> float:
-    return error.error if error.measured is None else error.measured
 
 
 def _above(value: float) -> str:
