@@ -6,16 +6,19 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-s3 verify check long wheel bench clean
+.PHONY: demo test test-s3 test-html verify check long wheel bench clean
 
 demo: $(VENV)/core  ## set up, merge the example adapters, show the report
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/demo.sh
 
 test: $(VENV)/dev $(VENV)/s3  ## set up and run the tests
-	$(PY) -m pytest -n 2 --dist loadfile -m "not long" --durations=15
+	$(PY) -m pytest -n 2 --dist loadfile -m "not long and not html" --durations=15
 
 test-s3: $(VENV)/dev $(VENV)/s3  ## what reads from an S3 server on loopback
 	$(PY) -m pytest -m s3
+
+test-html: $(VENV)/dev  ## a fleet's page in a headless Chromium, which has to be there
+	$(PY) -m pytest -m html
 
 verify: $(VENV)/dev  ## merge the examples, load the result with PEFT, compare logits with the exact sum
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/verify.sh

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from adapterops.fleet.deploy.report import DeployReport
     from adapterops.fleet.index_report import IndexReport
     from adapterops.fleet.outcome import ClusterReport
+    from adapterops.fleet.summary import FleetReport
     from adapterops.inspection.report import Inspection
     from adapterops.judging.report import DriftReport
     from adapterops.undoing.restoring import UnbakeReport
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from adapterops.verbs.index import index
     from adapterops.verbs.inspect import inspect
     from adapterops.verbs.merge import merge
+    from adapterops.verbs.report import report
     from adapterops.verbs.unbake import unbake
 
 _PUBLIC = {
@@ -54,6 +56,7 @@ _PUBLIC = {
     "DriftReport": "adapterops.judging.report",
     "Factors": "adapterops.factors",
     "Finding": "adapterops.checking.findings",
+    "FleetReport": "adapterops.fleet.summary",
     "IndexReport": "adapterops.fleet.index_report",
     "Inspection": "adapterops.inspection.report",
     "ModuleReport": "adapterops.certificate",
@@ -74,6 +77,7 @@ _PUBLIC = {
     "inspect": "adapterops.verbs.inspect",
     "merge": "adapterops.verbs.merge",
     "open_adapter": "adapterops.adapter",
+    "report": "adapterops.verbs.report",
     "unbake": "adapterops.verbs.unbake",
 }
 
@@ -89,6 +93,7 @@ __all__ = [
     "DriftReport",
     "Factors",
     "Finding",
+    "FleetReport",
     "IndexReport",
     "Inspection",
     "ModuleReport",
@@ -110,6 +115,7 @@ __all__ = [
     "inspect",
     "merge",
     "open_adapter",
+    "report",
     "unbake",
 ]
 

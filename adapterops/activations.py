@@ -25,13 +25,20 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adapterops import casts
-from adapterops.errors import FormatError, IncompatibleError, NumericsError, UnsupportedError
+from adapterops.errors import (
+    ChangedError,
+    FormatError,
+    IncompatibleError,
+    NumericsError,
+    UnsupportedError,
+)
 from adapterops.files.header import Header, encode_header, layout
 from adapterops.files.output import stage
 from adapterops.files.source import LocalFile, Source, read_header
@@ -57,6 +64,18 @@ class Activations:
     tokens: int
     model: str
     digest: str
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Another process opens the file itself.
+        return _reopened, (self.path, self.digest)
+
+
+@lru_cache(maxsize=4)
+def _reopened(path: str, digest: str) -> Activations:
+    found = open_activations(path)
+    if found.digest != digest:
+        raise ChangedError("is not the activation file that the run began with", path=path)
+    return found
 
 
 def open_activations(path: str | os.PathLike[str]) -> Activations:

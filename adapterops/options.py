@@ -38,6 +38,13 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def as_seed(value: Any) -> int:
+    """A seed of 63 bits. Raises UsageError."""
+    if not is_whole(value) or not 0 <= value < 2**63:
+        raise UsageError(f"--seed {value!r}: expected a whole number from 0 to 2⁶³ − 1")
+    return int(value)
+
+
 def compute(
     device: str = "auto", memory: str | int | None = None, jobs: int | None = None
 ) -> Compute:

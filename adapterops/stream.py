@@ -17,13 +17,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from threadpoolctl import threadpool_limits
 
 from adapterops.errors import MemoryLimitError
 
 T = TypeVar("T")
+R = TypeVar("R")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
@@ -37,13 +38,30 @@ class Job(Generic[T]):
     peak: int
 
 
+class Spread(Protocol):
+    """An ordered map over other machines: `work` is a top-level pure function.
+
+    It pickles, as items and results do. The first error of a task is raised at its place in the
+    order, and closing the generator ends what is under way.
+    """
+
+    def __call__(self, work: Callable[[T], R], items: Iterable[T], /) -> Generator[R, None, None]:
+        """`work(item)` for every item, in order."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Where and how wide to run: device name, bytes in flight, worker threads."""
+    """Where and how wide to run: device name, bytes in flight, worker threads.
+
+    `spread` reaches further machines, for those parts of a fleet's work that can be spread over
+    them; `run` itself stays here.
+    """
 
     device: str = "cpu"
     memory: int = 1 << 30
     threads: int = 2
+    spread: Spread | None = None
 
 
 def run(jobs: Iterable[Job[T]], on: Compute) -> Generator[T, None, None]:

@@ -81,6 +81,7 @@ def test_public_names():
         "DriftReport",
         "Factors",
         "Finding",
+        "FleetReport",
         "IndexReport",
         "Inspection",
         "ModuleReport",
@@ -102,6 +103,7 @@ def test_public_names():
         "inspect",
         "merge",
         "open_adapter",
+        "report",
         "unbake",
     ]
     for name in adapterops.__all__:

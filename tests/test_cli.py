@@ -304,6 +304,7 @@ LIST = {"adapters", "from_file"}
         ("index", set()),
         ("deploy", set()),
         ("assign", set()),
+        ("report", {"output", "overwrite"}),
     ],
     ids=[
         "merge",
@@ -316,6 +317,7 @@ LIST = {"adapters", "from_file"}
         "index",
         "deploy",
         "assign",
+        "report",
     ],
 )
 def test_options_are_the_functions_parameters(name, own):

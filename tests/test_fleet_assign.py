@@ -212,7 +212,13 @@ def test_bad_input(fleet, tmp_path):
         ao.assign(plan, one, out=plan, overwrite=True)
     with pytest.raises(FileError):
         ao.assign(tmp_path / "nothing", one, out=tmp_path / "b")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        ao.assign(plan, {"\udcff": fleet.root / "c00000/bytes"}, out=tmp_path / "b")
     document = json.loads((plan / "plan.json").read_text())
+    document["options"]["removed"] = ["c00000/bytes"]
+    (plan / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(IncompatibleError, match="'c00000/bytes' was off-boarded"):
+        ao.assign(plan, {"c00000/bytes": fleet.root / "c00000/bytes"}, out=tmp_path / "b")
     for rep in document["representatives"].values():
         rep["path"] = "../outside"
     document["routes"] = dict.fromkeys(document["routes"], "../outside")

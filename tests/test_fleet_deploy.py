@@ -12,6 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 import adapterops
 from adapterops.activations import write_activations
@@ -19,13 +20,14 @@ from adapterops.errors import BudgetError, FileError, FormatError, IncompatibleE
 from adapterops.fleet.deploy import names, verify
 from adapterops.fleet.deploy.flags import cached
 from adapterops.fleet.plan import Served
+from adapterops.fleet.policy import Consent
 from adapterops.fleet.signature import signature
 from adapterops.fleet.store import Store
 from adapterops.fleet.types import Tenant
 from adapterops.formats import open_adapter_file
 from adapterops.serving import ENGINES, gpu_bytes, judge
 from tests.deploying import BASE, SHAPES, Fleet, near, resolved, small
-from tests.support import dense, distance, pairs, read_peft
+from tests.support import dense, distance, pairs, read_peft, write_peft
 from tests.test_cli import run
 
 ENGINE_NAMES = list(ENGINES)
@@ -164,6 +166,13 @@ def test_router_config_is_the_routes(fleet, tmp_path):
         assert params.get("extra_body", {}) == more
 
 
+def test_names_that_a_router_takes_for_patterns_are_warned_of(fleet, tmp_path):
+    fleet.add("acme*", pairs(5, SHAPES, 8, np.float16))
+    fleet.group(["acme*"])
+    report = deploy(fleet.plan(), tmp_path / "run")
+    assert [text for text in report.warnings if "(acme*)" in text]
+
+
 def test_salts_are_random_kept_with_the_adapter_and_only_where_caches_are_shared(fleet, tmp_path):
     plan = fleet.plan()
     deploy(plan, tmp_path / "one")
@@ -202,6 +211,21 @@ def test_a_tenant_that_moves_gets_a_new_salt(fleet, tmp_path):
     assert set(report.changes["kept"]) == kept
     assert report.changes["gone"] == (old["a"]["adapter"],)
     assert report.changes["new"] == (new["b"]["adapter"],)
+
+
+def test_a_version_that_was_assigned_is_what_errors_are_of(fleet, tmp_path):
+    plan = fleet.plan(options=Consent("all").to_dict())
+    factors = {"b": near(fleet.factors["a"], 9, 0.1), "c": pairs(77, SHAPES, 8, np.float16)}
+    new = {
+        name: write_peft(tmp_path / "new" / name, own, base_model_name_or_path=BASE)
+        for name, own in factors.items()
+    }
+    adapterops.assign(plan, new, out=tmp_path / "plan2")
+    report = deploy(tmp_path / "plan2", tmp_path / "run")
+    expected = distance(dense(fleet.factors["a"]), dense(factors["b"]))
+    assert report.routes["b"] == report.routes["a"] != report.routes["c"]
+    assert report.tenants["b"].error == pytest.approx(expected, rel=1e-6)
+    assert report.tenants["c"].error == 0 and report.tenants["c"].known == "own"
 
 
 def test_names_follow_content(fleet, tmp_path):
@@ -367,6 +391,71 @@ def test_one_deployment_serves_one_base(fleet, tmp_path):
     alone.group(["c"])
     report = adapterops.deploy(alone.plan(), engine="vllm", served_base="third", out=tmp_path / "t")
     assert "'third' must have the same weights" in report.warnings[0]
+
+
+def test_an_adapter_that_was_never_read_is_routed_nowhere(fleet, tmp_path):
+    fleet.reps["r-c"] = replace(fleet.reps["r-c"], content="", base="")
+    report = deploy(fleet.plan(), tmp_path / "run")
+    assert "c" not in report.routes and "was not read when it was planned" in report.left["c"]
+    assert "c" not in routes_of(tmp_path / "run")
+
+
+def test_the_base_that_is_named_in_full_goes_before_one_that_ends_alike(fleet, tmp_path):
+    fleet.add("z", pairs(8, SHAPES, 8, np.float16), base_model_name_or_path="other/tiny")
+    fleet.group(["z"])
+    plan = fleet.plan()
+    report = deploy(plan, tmp_path / "run")
+    assert "z" not in report.routes and "other/tiny" in report.left["z"]
+    with pytest.raises(IncompatibleError, match="several of them called like '/models/tiny'"):
+        adapterops.deploy(plan, engine="vllm", served_base="/models/tiny", out=tmp_path / "r")
+
+
+def test_adapters_without_a_base_are_warned_of_and_must_have_the_shapes_of_the_others(
+    fleet, tmp_path
+):
+    wide = {name: (rows, 48) for name, (rows, _) in SHAPES.items()}
+    fleet.add("f", pairs(8, wide, 8, np.float16), traffic=99, base_model_name_or_path=None)
+    fleet.add("g", pairs(9, SHAPES, 8, np.float16), traffic=50, base_model_name_or_path=None)
+    fleet.group(["f"])
+    fleet.group(["g"])
+    report = deploy(fleet.plan(), tmp_path / "run")
+    assert "f" not in report.routes and "out=16, in=48" in report.left["f"]
+    assert [item.members for item in report.adapters][:2] == [("g",), ("c",)]  # by traffic
+    assert any("2 tenants name no base (f, g)" in text for text in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "encoding"),
+    [("LORA", "utf-8-sig"), ("LORA", "utf-16"), ("lora", "utf-8"), (None, "utf-8")],
+    ids=["mark", "utf-16", "small", "null"],
+)
+def test_configs_are_written_as_engines_read_them(fleet, tmp_path, kind, encoding):
+    config = fleet.home("c") / "adapter_config.json"
+    document = {**json.loads(config.read_text()), "peft_type": kind}
+    config.write_bytes(json.dumps(document).encode(encoding))
+    plan = fleet.plan()
+    report = deploy(plan, tmp_path / "run")
+    name = report.routes["c"]
+    assert {item.name: item.how for item in report.adapters}[name] == "copied"
+    assert resolved(tmp_path / "run", name, BASE)
+
+
+def test_image_adapters_are_left_out_by_name(fleet, tmp_path):
+    stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k.lora"
+    home = fleet.home("i") / "pytorch_lora_weights.safetensors"
+    home.parent.mkdir()
+    down, up = np.ones((4, 32), np.float16), np.ones((32, 4), np.float16)
+    save_file({f"{stem}.down.weight": down, f"{stem}.up.weight": up}, home)
+    fleet.served["i"] = Served("")
+    fleet.group(["i"])
+    plan = fleet.plan()
+    for engine in ENGINE_NAMES:
+        report = deploy(plan, tmp_path / engine, engine)
+        assert "image model" in report.left["i"]
+        assert set(report.routes) == set("abcde")
+        assert report.memory.adapters_before == 5
+        assert not any("unet" in text for text in report.warnings)
+    assert "i" in deploy(plan, tmp_path / "dry", dry_run=True).left
 
 
 def test_gpu_bytes_before_and_after(fleet, tmp_path):

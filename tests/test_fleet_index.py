@@ -18,6 +18,7 @@ from adapterops.errors import (
     FileError,
     FormatError,
     IncompatibleError,
+    Interrupted,
     NumericsError,
     UnsupportedError,
     UsageError,
@@ -289,6 +290,21 @@ def test_the_index_is_no_tenant_of_itself(fleet, monkeypatch):
     assert ao.index(".", out="fleet").tenants == 6
 
 
+def test_tenants_within_the_index_are_not_left_out_in_silence(fleet):
+    out = fleet / "f"
+    ao.index(fleet / "in", out=out)
+    adapter(out / "extra" / "t9", 9)
+    with pytest.raises(UsageError, match="'t9' lies within the index"):
+        ao.index(out / "extra", out=out)
+    listed = fleet / "tenants.csv"
+    listed.write_text(f"tenant,path\na,{fleet / 'in' / 't0'}\nb,f/extra/t9\n")
+    with pytest.raises(UsageError, match="'b' lies within the index"):
+        ao.index(manifest=listed, out=out)
+    adapter(fleet / "in" / "extra" / "t7", 7)
+    report = ao.index(fleet, pattern="*/extra/{tenant}", out=out)
+    assert "1 adapters within" in report.notes[0] and "'t9'" in report.notes[0]
+
+
 def test_one_tenant_from_two_sources_is_refused(fleet):
     adapter(fleet / "other" / "t3", 33)
     ao.index(fleet / "in", out=fleet / "f")
@@ -452,6 +468,24 @@ def test_a_store_is_indexed_like_a_folder(fleet, bucket):
     bucket.put(f"{fleet}/new/adapter_model.safetensors", "/bucket/t2/adapter_model.safetensors")
     report = ao.index("memory://bucket", out=fleet / "f")
     assert (report.read, report.unchanged, report.vanished) == (1, 4, ("t1",))
+
+
+def test_copies_lie_in_a_folder_that_goes_with_the_run(fleet, bucket, monkeypatch):
+    real, folders = looking.located, []
+
+    def interrupted(location: str, *, inside: str | None, **options: Any) -> Any:
+        assert inside is not None
+        folders.append(Path(inside))
+        assert folders[0].is_dir()
+        if location.endswith("t3"):
+            raise KeyboardInterrupt
+        return real(location, inside=inside, **options)
+
+    monkeypatch.setattr(looking, "located", interrupted)
+    with pytest.raises(Interrupted, match="interrupted") as caught:
+        ao.index("memory://bucket", out=fleet / "f", jobs=1)
+    assert "3 of 6 adapters are in the index" in str(caught.value)
+    assert len({*folders}) == 1 and not folders[0].exists()
 
 
 def test_a_store_that_fails_for_one_adapter_is_asked_again(fleet, bucket, monkeypatch):

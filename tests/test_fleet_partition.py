@@ -11,7 +11,7 @@ import pytest
 
 from adapterops.errors import FileError, FormatError
 from adapterops.fleet.aliases import read_aliases
-from adapterops.fleet.partition import duplicates, partitions
+from adapterops.fleet.partition import partitions
 from adapterops.fleet.policy import Consent, policy_from
 from adapterops.fleet.types import Layout, Record, Status, Tenant
 
@@ -129,13 +129,6 @@ def test_keys_are_distinct_and_say_why() -> None:
     assert words["c"] == "no base named, peft"
     assert words["d"] == "base 'tiny/base', peft, extras 01234567"
     assert {len(part.key) for part in found} == {6}
-
-
-def test_byte_duplicates() -> None:
-    contents = ["x", "y", "x", "z", "y", "x"]
-    records = [record(f"t{n}", content=content) for n, content in enumerate(contents)]
-    assert duplicates(records) == {0: [2, 5], 1: [4]}
-    assert duplicates(records[:2]) == {}
 
 
 def written(folder: Path, text: str | bytes) -> Path:

@@ -105,8 +105,6 @@ def test_what_goes_in_comes_out(tmp_path):
         if record.layout >= 0:
             assert fleet.layouts[record.layout] == given[name].layout
     assert len(fleet.layouts) == 2
-    with Store.open(tmp_path / "fleet") as store:
-        assert store.records() == list(fleet.records) and store.layouts() == list(fleet.layouts)
 
 
 def test_the_order_of_writing_shows_nowhere_but_in_rows(tmp_path):
@@ -156,20 +154,11 @@ def test_matrix_against_five_lines_of_numpy(tmp_path):
             shares[row, at] = (found.norms / found.norm) ** 2
     np.testing.assert_allclose(matrix, expected.reshape(5, -1), rtol=1e-6)
     np.testing.assert_allclose(energies, shares, rtol=1e-6)
-    norms, stems = fleet.norms(rows)
-    assert norms.dtype == np.float64 and stems == STEMS
-    np.testing.assert_array_equal(norms[0, 1:], signed(4, STEMS[1:], 4).norms)
-    assert not norms[2].any() and norms[0, 0] == 0
     np.testing.assert_array_equal(fleet.outputs(rows)[1], signed(1, STEMS[:2], 8).outputs)
     starts = fleet.starts(rows)
     np.testing.assert_allclose(np.linalg.norm(starts, axis=1), [1, 1, 0, 1, 1], rtol=1e-6)
     first = signed(4, STEMS[1:], 4).start.astype(float)
     np.testing.assert_allclose(starts[0], first / np.linalg.norm(first), rtol=1e-3)
-    for size in (1, 2, 5, 99):
-        parts = list(fleet.blocks(rows, size))
-        assert [first for first, _, _ in parts] == list(range(0, 5, size))
-        np.testing.assert_array_equal(np.concatenate([part for _, part, _ in parts]), matrix)
-        np.testing.assert_array_equal(np.concatenate([part for _, _, part in parts]), energies)
 
 
 def test_matrices_of_nothing(tmp_path):
@@ -178,7 +167,7 @@ def test_matrices_of_nothing(tmp_path):
     matrix, energies, stems = fleet.matrix([])
     assert (matrix.shape, energies.shape, stems) == ((0, 0), (0, 0), ())
     assert fleet.starts([]).shape[0] == fleet.outputs([]).shape[0] == 0
-    assert list(fleet.blocks([])) == [] and fleet.records == ()
+    assert fleet.records == ()
 
 
 def test_one_stem_of_two_shapes_is_two_columns(tmp_path):

@@ -149,6 +149,45 @@ def test_two_tenants_may_be_links_to_one_adapter(tmp_path):
     assert len(notes) == 1 and "entered once" in notes[0]
 
 
+def test_indexes_plans_and_deployments_are_not_searched(root):
+    ours = ("fleet/fleet.sqlite", "plan/plan.json", "plan/sketches.safetensors")
+    deployed = ("run/routes.json", "run/adapterops.json", "run/lora-1/adapter_model.safetensors")
+    inner = ("fleet/signatures/1.safetensors", "plan/representatives/1/adapter_model.safetensors")
+    fill(root, (*ours, *deployed, *inner, "plan.json/adapter_model.safetensors"))
+    notes: list[str] = []
+    found = find_tenants(root, note=notes.append)
+    assert [tenant.name for tenant in found] == [
+        "acme/v1", "gamma/last", "plan.json", "single.safetensors"
+    ]  # fmt: skip
+    assert sorted(notes)[2:] == [
+        f"{name}: an index, plan or deployment of adapterops, passed over"
+        for name in ("fleet", "plan", "run")
+    ]
+
+
+def test_adapters_inside_others_are_spoken_of(root):
+    fill(root, ("acme/v1/second/adapter_model.safetensors", "acme/v1/runs/log.txt"))
+    notes: list[str] = []
+    assert len(find_tenants(root, note=notes.append)) == 3
+    assert notes[2:] == [
+        "1 adapters inside the folders of others passed over, 'acme/v1/second' first; list them in "
+        "a manifest to count them"
+    ]
+
+
+def test_a_folder_that_goes_while_it_is_searched_is_passed_over(tmp_path, monkeypatch):
+    fill(os.fspath(tmp_path), ("a/adapter_model.safetensors", "b/c/adapter_model.safetensors"))
+    real = os.stat
+
+    def stat(path, *args, **options):
+        if os.fspath(path).endswith("/b"):
+            raise FileNotFoundError(2, "gone", path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr("adapterops.fleet.tenant_search.os.stat", stat)
+    assert [tenant.name for tenant in find_tenants(tmp_path)] == ["a"]
+
+
 def test_relative_roots_keep_the_path_as_it_was_given(tmp_path, monkeypatch):
     fill(os.fspath(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -192,8 +231,8 @@ def test_a_manifest_lists_the_tenants(tmp_path, newline, mark):
     ]
     manifest = tmp_path / "lists" / "tenants.csv"
     manifest.parent.mkdir()
-    # A quoted field must begin where the field does.
-    text = (mark + newline.join(lines)).replace(' "acme, inc." ', '"acme, inc."')
+    # A quoted field must end where the field does.
+    text = (mark + newline.join(lines)).replace('inc." ', 'inc."')
     manifest.write_bytes(text.encode())
     found = find_tenants(manifest=manifest)
     assert [(t.name, t.path, t.location, t.traffic) for t in found] == [

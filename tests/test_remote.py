@@ -34,7 +34,6 @@ from adapterops.files.output import stage
 from adapterops.files.remote import fetched, is_remote, listing, located
 from adapterops.fleet.tenants import check_adapter
 from adapterops.formats import mlx, open_adapter_file, peft
-from adapterops.formats.locate import _PICKLES, _WEIGHTS, SIDE_FILES
 from tests import hostile
 from tests.remote_adapters import adapter, large
 from tests.support import pairs, write_kohya
@@ -99,10 +98,7 @@ def test_a_uri_is_remote(path, expected):
     assert is_remote(path) is expected
 
 
-def test_the_names_of_an_adapters_files_are_said_once():
-    assert names.WEIGHTS == _WEIGHTS
-    assert names.SIDE_FILES == SIDE_FILES
-    assert names.PICKLES == _PICKLES
+def test_the_names_of_an_adapters_files_are_those_of_their_dialects():
     assert (names.CONFIG, names.WEIGHTS[0], names.WEIGHTS[-1]) == (
         peft.CONFIG,
         peft.WEIGHTS,
@@ -442,7 +438,7 @@ def test_hub_uris_are_opened_by_the_hubs_file_system():
 
 
 def test_files_can_be_published_into_a_temporary_folder(tmp_path):
-    """Publishing locks the folder it writes into, and the lock of a temporary one is no obstacle."""
+    """Publishing locks the folder it writes into; the lock of a temporary one is none of it."""
     with (
         scratch.scratch(tmp_path) as folder,
         stage(folder / "a", directory=True, overwrite=False) as made,

@@ -16,7 +16,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt")
 _MARKS = {"adapter_config.json", "adapters.safetensors"}
 _MARK = re.compile(r"(adapter_model|pytorch_lora_weights)\.")
 # Shards and files of base models, and what trainers keep beside an adapter.
-_OTHERS = re.compile(
+OTHERS = re.compile(
     r".*-\d{5}-of-\d{5}\..*|diffusion_pytorch_model.*|(model|pytorch_model)\.(safetensors|bin)"
     r"|(optimizer|scheduler|training_args|rng_state.*|scaler)\.(bin|pt)"
 )
@@ -42,12 +42,12 @@ class Item:
 def is_one(path: str | os.PathLike[str]) -> bool:
     """Whether a path names an adapter (or nothing) rather than a directory to search for some."""
     try:
-        return _is_adapter(os.listdir(path))
+        return is_adapter(os.listdir(path))
     except OSError:  # a file, or nothing that could be searched
         return True
 
 
-def _is_adapter(names: Iterable[str]) -> bool:
+def is_adapter(names: Iterable[str]) -> bool:
     """Whether a directory with these names in it is one adapter."""
     return any(name in _MARKS or _MARK.match(name) for name in names)
 
@@ -148,7 +148,7 @@ class _Search:
             except OSError:
                 yield item, real  # opening it reports why
                 continue
-            if _is_adapter(entry.name for entry in inside):
+            if is_adapter(entry.name for entry in inside):
                 yield item, real
             else:
                 waiting += self._below(name, real, inside)
@@ -181,7 +181,7 @@ class _Search:
             is_directory = _is_directory(entry)
             if not is_directory and not entry.name.lower().endswith(WEIGHTS):
                 continue
-            if not is_directory and _OTHERS.fullmatch(entry.name):
+            if not is_directory and OTHERS.fullmatch(entry.name):
                 self.passed_over += 1
                 continue
             below = f"{name}/{entry.name}" if name else entry.name

@@ -32,6 +32,7 @@ COMMANDS = {
     "cluster": "adapterops.cli.cluster",
     "assign": "adapterops.cli.assign",
     "deploy": "adapterops.cli.deploy",
+    "report": "adapterops.cli.report",
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from adapterops.cli import talk
-from adapterops.cli.options import Rank, run_options
+from adapterops.cli.options import Rank, run_options, runner_option
 
 
 @click.command("cluster")
@@ -64,6 +64,7 @@ from adapterops.cli.options import Rank, run_options
     help="False discovery rate of related tenants.",
 )
 @click.option("--allow-pickle", is_flag=True, help="Dangerous: read .bin/.pt files.")
+@runner_option
 @run_options
 def command(
     fleet: str,

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from adapterops.cli import talk
+from adapterops.cli.options import runner_option
 
 
 @click.command("index")
@@ -32,6 +33,7 @@ from adapterops.cli import talk
 )
 @click.option("--memory", metavar="SIZE", help="Bytes in flight, e.g. 2GB.")
 @click.option("-j", "--jobs", type=int, metavar="N", help="Processes.")
+@runner_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but warnings and errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Name every tenant of every group.")

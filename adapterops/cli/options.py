@@ -35,6 +35,17 @@ def _all(command: Command, *options: Command) -> Command:
     return command
 
 
+def runner_option(command: Command) -> Command:
+    """Where a fleet's work is done."""
+    return click.option(
+        "--runner",
+        default="threads",
+        show_default=True,
+        type=click.Choice(["threads", "ray"]),
+        help="This machine, or the Ray cluster (RAY_ADDRESS) that it is a node of.",
+    )(command)
+
+
 def rank_options(command: Command) -> Command:
     """How the rank of the output is chosen."""
     return _all(

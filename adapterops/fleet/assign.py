@@ -161,6 +161,7 @@ def _served(plan: Plan, item: Newcomer, by: str, error: Error | None, reason: st
         rank=found.rank,
         size=found.size,
         reason=reason,
+        location=item.tenant.location,
     )
     if error is None:
         return own

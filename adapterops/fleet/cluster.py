@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,11 +17,15 @@ import numpy as np
 from adapterops.activations import Activations, open_activations
 from adapterops.errors import BudgetError, MemoryLimitError, UsageError
 from adapterops.files.output import SIDECAR, Staging, check_output, stage
+from adapterops.files.scratch import scratch
+from adapterops.fleet.budget import least_bound, remembered
 from adapterops.fleet.candidates import edges
-from adapterops.fleet.cover import for_budget, greedy_cover
+from adapterops.fleet.cover import greedy_cover
+from adapterops.fleet.current import check_still, stale
 from adapterops.fleet.drafting import Draft
 from adapterops.fleet.exact import Error, compare_groups
-from adapterops.fleet.grouping import Grouped, verified_groups
+from adapterops.fleet.graph import Candidates, graph
+from adapterops.fleet.grouping import Compare, Group, Grouped, exact, verified_groups
 from adapterops.fleet.opened import Fleet, open_fleet
 from adapterops.fleet.outcome import ClusterReport, outcome
 from adapterops.fleet.outlook import GRID, pareto
@@ -93,7 +96,7 @@ def plan_fleet(
             f"{options.previous} was planned with seed {previous.seed}, the index has {fleet.seed}",
             hint="only plans of the same seed go on: plan without --previous",
         )
-    with _target(out, options) as place:
+    with _target(out, options, on) as place:
         draft = Draft(fleet, options.consent, place.root, REPRESENTATIVES)
         plan = _planned(draft, options, previous, inputs, on, progress)
         changes = {} if previous is None else diff(previous, plan).to_dict()
@@ -109,7 +112,8 @@ def plan_fleet(
 
 def _write_sidecar(staging: Staging, report: ClusterReport) -> None:
     """What lists the files of the plan, so that --overwrite may replace it."""
-    names = sorted(str(file.relative_to(staging.root)) for file in staging.root.rglob("*.*"))
+    files = [path for path in staging.root.rglob("*") if path.is_file()]
+    names = sorted(str(file.relative_to(staging.root)) for file in files)
     document = {**report.to_dict(), "files": names}
     text = msgspec.json.format(msgspec.json.encode(document), indent=1)
     staging.write(SIDECAR, [text, b"\n"])
@@ -123,13 +127,11 @@ class _Nowhere:
 
 
 @contextmanager
-def _target(out: str, options: Options) -> Iterator[Staging | _Nowhere]:
+def _target(out: str, options: Options, on: Compute) -> Iterator[Staging | _Nowhere]:
     if options.dry_run:
-        folder = Path(tempfile.mkdtemp(prefix="adapterops-"))
-        try:
+        # Other machines see the folder that PLAN would be in, not this one's TMPDIR.
+        with scratch(Path(os.path.abspath(out)).parent if on.spread else None) as folder:
             yield _Nowhere(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         return
     with stage(out, directory=True, overwrite=options.overwrite) as staging:
         yield staging
@@ -143,25 +145,41 @@ def _planned(
     on: Compute,
     progress: Progress | None,
 ) -> Plan:
-    fleet, consent = draft.fleet, options.consent
-    draft.add_others(strict=options.strict)
-    parts = partitions(fleet, options.aliases, consent)
-    everyone = [set_of(part, consent) for part in parts]
-    bound = _bound(draft, everyone, options, on)
-    compare = partial(compare_groups, on=on, activations=inputs, allow_pickle=options.allow_pickle)
+    fleet, consent, strict = draft.fleet, options.consent, options.strict
+    changed = stale(fleet, [record for record in fleet.records if record.status != "broken"])
+    able = draft.add_others(changed, strict=strict)
+    parts = partitions(replace(fleet, records=tuple(able)), options.aliases, consent)
+    sets = [set_of(part, consent) for part in parts]
+    compare: Compare = remembered(
+        partial(compare_groups, on=on, activations=inputs, allow_pickle=options.allow_pickle)
+    )
     value = _error if inputs is None else _measured
 
-    def grouped(each: Sets) -> Grouped:
-        bounds = each.bounds(bound)
-        graph = edges(*each.vectors(fleet), bounds, on).permitted(each.permissions.allowed)
-        return verified_groups(each.nodes, graph, bounds, compare, value)
+    def candidates(each: Sets, bound: float) -> Candidates:
+        found = edges(*each.vectors(fleet), each.bounds(bound), on)
+        return found.permitted(each.permissions.allowed)
 
-    sets = everyone
+    def grouped(each: Sets, graph: Candidates | None, bound: float) -> Grouped:
+        if len(each.nodes) == 1:
+            return Grouped((Group(0, {0: exact(each.nodes[0].records[0])}),), 0, {})
+        graph = graph or candidates(each, bound)
+        return verified_groups(each.nodes, graph, each.bounds(bound), compare, value)
+
+    if options.max_error is not None:
+        bound, found = options.max_error, [grouped(each, None, options.max_error) for each in sets]
+    else:
+        assert options.max_adapters is not None
+        wide = [candidates(each, GRID[-1]) for each in sets]
+        bound, found = least_bound(sets, wide, options.max_adapters, draft.apart, grouped)
+    everyone = sets
     if previous is not None and options.previous is not None:
         stayed = staying(options.previous, previous, fleet, parts, consent, bound, compare, value)
         placed = {name for one in stayed for name in one.errors}
-        alone = [r for part in parts for r in part.records if r.tenant.name not in placed]
-        fresh = [(grouped(each), [node.records for node in each.nodes]) for each in everyone]
+        alone = [record for record in able if record.tenant.name not in placed]
+        fresh = [
+            (groups, [node.records for node in each.nodes])
+            for each, groups in zip(sets, found, strict=True)
+        ]
         stayed = without(stayed, exchanged(stayed, previous, alone, fresh))
         placed = {name for one in stayed for name in one.errors}
         draft.add_stayed(stayed, kept_sketches(options.previous, stayed))
@@ -170,9 +188,9 @@ def _planned(
             for part in parts
         ]
         sets = [set_of(part, consent) for part in rest if part.records]
+        found = [grouped(each, None, bound) for each in sets]
     make = partial(
         choose,
-        on=on,
         rank=options.rank,
         kinds=KINDS if options.representative == "best" else (options.representative,),
         dtype=options.dtype,
@@ -180,16 +198,17 @@ def _planned(
         allow_pickle=options.allow_pickle,
     )
     done, total = 0, sum(len(each.nodes) for each in sets)
-    for each in sets:
-        draft.add_set(each, grouped(each), each.bounds(bound), make, value)
+    for each, groups in zip(sets, found, strict=True):
+        draft.add_set(each, groups, each.bounds(bound), make, value, on)
         done += len(each.nodes)
         if progress:
             progress("adapters", done, total)
+    draft.add_stale(changed, strict=strict, allow_pickle=options.allow_pickle)
+    check_still(fleet, draft.bound_to_others - changed.keys())
     if options.max_adapters is not None and draft.adapters > options.max_adapters:
         raise BudgetError(
-            f"{draft.adapters} adapters are needed: sketches promised {options.max_adapters} at "
-            f"an error of {bound:.3g}, and verification refused some of the pairs",
-            hint=f"give --max-adapters {draft.adapters}, or --max-error",
+            f"{draft.adapters} adapters are needed to stay close to {options.previous}",
+            hint=f"give --max-adapters {draft.adapters}, or plan without --previous",
         )
     points, gain = _outlook(draft, everyone, bound, on)
     return draft.plan(
@@ -203,39 +222,24 @@ def _planned(
     )
 
 
-def _bound(draft: Draft, sets: Sequence[Sets], options: Options, on: Compute) -> float:
-    """The bound asked for, or the least estimated one at which so few adapters suffice."""
-    if options.max_error is not None:
-        return options.max_error
-    assert options.max_adapters is not None
-    fewest = draft.apart + len(sets)
-    if options.max_adapters < fewest:
-        raise BudgetError(
-            f"--max-adapters {options.max_adapters}: {fewest} are the fewest, as {draft.apart} "
-            f"tenants cannot share and the others are {len(sets)} kinds that cannot be compared",
-            hint=f"give --max-adapters {fewest} or more",
-        )
-    graphs = [
-        edges(*each.vectors(draft.fleet), each.bounds(GRID[-1]), on).permitted(
-            each.permissions.allowed
-        )
-        for each in sets
-    ]
-    return for_budget(graphs, options.max_adapters - draft.apart).max_error
-
-
 def _outlook(
     draft: Draft, sets: Sequence[Sets], bound: float, on: Compute
 ) -> tuple[tuple[Point, ...], Mapping[str, Any]]:
     """What other bounds would give if all within each partition might share, and this one."""
     widest = max(bound, GRID[-1])
+    several = [each for each in sets if len(each.nodes) > 1]
+    single = [each.norms for each in sets if len(each.nodes) == 1]
     try:
-        graphs = [edges(*each.vectors(draft.fleet), widest, on) for each in sets]
+        graphs = [edges(*each.vectors(draft.fleet), widest, on) for each in several]
     except MemoryLimitError as error:
         draft.note(f"other bounds were not estimated: {error.message}")
         return (), {}
-    norms = [each.norms for each in sets]
-    groups = sum(len(greedy_cover(graph.within(bound))) for graph in graphs)
+    norms = [each.norms for each in several]
+    if single:  # who can be compared with nobody
+        none = np.zeros(0, np.int64)
+        graphs.append(graph(len(single), none, none, np.zeros(0)))
+        norms.append(np.concatenate(single))
+    groups = sum(len(greedy_cover(each.within(bound))) for each in graphs)
     gain = {"max_error": bound, "adapters": groups + draft.apart, "estimated": True}
     return pareto(graphs, norms, alone=draft.apart), gain
 
@@ -256,6 +260,8 @@ def _related(
     fleet = draft.fleet
     listed: list[Related] = []
     for each in sets:
+        if len(each.nodes) < 2:
+            continue
         records = [node.records[0] for node in each.nodes]
         names = [record.tenant.name for record in records]
         served = {name: draft.served[name].by for name in names}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from adapterops.errors import ChangedError
-from adapterops.fleet.looking import MARK, Task, look
+from adapterops.fleet.looking import Task, look, marked
 from adapterops.fleet.opened import Fleet
 from adapterops.fleet.types import Record
 from adapterops.fleet.versions import versions
@@ -28,8 +28,12 @@ def stale(fleet: Fleet, records: Sequence[Record]) -> dict[str, str]:
     return {
         record.tenant.name: now[record.tenant.name]
         for record in records
-        if record.version.removesuffix(MARK) != now[record.tenant.name]
+        if not _is(record, now[record.tenant.name])
     }
+
+
+def _is(record: Record, version: str) -> bool:
+    return record.version in (version, marked(version, True))
 
 
 def as_it_is(record: Record, version: str, seed: int, *, allow_pickle: bool) -> Record:

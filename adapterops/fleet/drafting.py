@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adapterops.errors import FormatError
+from adapterops.errors import ChangedError, FormatError
+from adapterops.files.scratch import scratch
+from adapterops.fleet.averaging import FILE, Asked, Average, Make, averages
+from adapterops.fleet.current import AGAIN, as_it_is
 from adapterops.fleet.exact import Error
-from adapterops.fleet.grouping import Group, Grouped, exact
+from adapterops.fleet.grouping import Group, Grouped, Value, exact
 from adapterops.fleet.opened import Fleet
 from adapterops.fleet.plan import Metric, Plan, Point, Related, Representative, Served
 from adapterops.fleet.planfile import Sketched
 from adapterops.fleet.policy import NEAR_EXACT, Consent
-from adapterops.fleet.representative import Chosen
-from adapterops.fleet.sets import Sets, placed
-from adapterops.fleet.signature import signature
+from adapterops.fleet.sets import Sets, sketches
 from adapterops.fleet.staying import Stayed
-from adapterops.fleet.types import Array, Layout, Record, Signature
-
-Make = Callable[..., Chosen]
-Value = Callable[[Error], float]
+from adapterops.fleet.types import Array, Record, Signature
+from adapterops.formats.names import DIRECTORIES
+from adapterops.stream import Compute
 
 _DIGITS = 12
 _BASE = "base"
+_DUPLICATES = "duplicates: the same to 0.001 of their change"
 _ALONE = {
     "none": "nothing in the fleet is the same to 0.001; sharing more needs consent",
     "group": "nothing in its share group is near enough",
@@ -58,6 +59,12 @@ class Draft:
         """How many are deployed so far."""
         return sum(rep.kind != "base" for rep in self._reps.values())
 
+    @property
+    def bound_to_others(self) -> set[str]:
+        """Tenants whose own files must stay what they were compared as."""
+        shared = [rep for rep in self._reps.values() if rep.kind != "original"]
+        return {name for rep in shared for name in (*rep.members, *rep.holds)}
+
     def note(self, text: str) -> None:
         """Something the plan should say."""
         self._notes.append(text)
@@ -82,17 +89,46 @@ class Draft:
         private = self._consent.policy.rule(record.tenant.name).private
         return "private" if private else rep.reason
 
-    def add_others(self, *, strict: bool) -> None:
-        """Who cannot be compared: no-ops, kinds that only serve themselves, broken files."""
+    def add_others(self, stale: Collection[str], *, strict: bool) -> list[Record]:
+        """Who cannot be compared: no-ops, kinds that only serve themselves, broken files.
+
+        The result are the other records, without those whose names are in `stale`.
+        """
+        able = []
         for record in self.fleet.records:
             private = self._consent.policy.rule(record.tenant.name).private
-            if record.status == "no-op" and not private:
+            if record.status == "broken":
+                self._exclude(record, record.reason, strict)
+            elif record.tenant.name in stale:
+                self.apart += 1
+            elif record.status == "no-op" and not private:
                 self._add_no_op(record)
             elif record.status in ("no-op", "ineligible"):
                 self._alone(record, "private" if private else f"not compared: {record.reason}")
                 self.apart += 1
-            elif record.status == "broken":
-                self._exclude(record, record.reason, strict)
+            else:
+                able.append(record)
+        return able
+
+    def add_stale(self, versions: Mapping[str, str], *, strict: bool, allow_pickle: bool) -> None:
+        """Those whose files are not as indexed, each served by its own as it is now.
+
+        `versions` are theirs now, "" for who is gone. Raises ChangedError if `strict`.
+        """
+        for record in self.fleet.records:
+            name = record.tenant.name
+            if name not in versions or record.status == "broken":
+                continue
+            what = "changed" if versions[name] else "is gone"
+            said = f"{what} since it was indexed"
+            if strict:
+                raise ChangedError(said, path=record.tenant.path, hint=AGAIN)
+            self._warnings.append(f"{name} {said}: {AGAIN}")
+            now = as_it_is(record, versions[name], self.fleet.seed, allow_pickle=allow_pickle)
+            if now.status == "broken":
+                self._excluded[name] = now.reason if versions[name] else said
+            else:
+                self._alone(now, f"{said}: {AGAIN}")
 
     def _exclude(self, record: Record, reason: str, strict: bool) -> None:
         if strict:
@@ -115,7 +151,13 @@ class Draft:
 
     def _alone(self, record: Record, reason: str) -> Representative:
         """A tenant that its own adapter serves."""
-        rep = Representative(
+        rep = self._original(record, reason)
+        self._reps[rep.id] = rep
+        self._serve(record, rep.id, exact(record), reason)
+        return rep
+
+    def _original(self, record: Record, reason: str) -> Representative:
+        return Representative(
             self._fresh_id(record.content),
             "original",
             record.tenant.path,
@@ -130,9 +172,6 @@ class Draft:
             content=record.content,
             reason=reason,
         )
-        self._reps[rep.id] = rep
-        self._serve(record, rep.id, exact(record), reason)
-        return rep
 
     def _fresh_id(self, content: str) -> str:
         """The start of a content's hash, with a number where private duplicates share it."""
@@ -158,35 +197,51 @@ class Draft:
             reason=reason,
         )
 
-    def add_set(self, each: Sets, found: Grouped, bounds: Array, make: Make, value: Value) -> None:
+    def add_set(
+        self, each: Sets, found: Grouped, bounds: Array, make: Make, value: Value, on: Compute
+    ) -> None:
         """The verified groups of a partition, each with the best representative."""
         for node, error in found.failed.items():
             name = each.nodes[node].records[0].tenant.name
             self._warnings.append(f"{name} could not be compared: {error.message}")
+        wide = [group for group in found.groups if _differ(group, value)]
+        asked = [self._asked(each, group, bounds) for group in wide]
         kept: list[tuple[Representative, Signature | None, int]] = []
-        for group in found.groups:
-            kept.append(self._add_group(each, group, bounds, make, value))
-        self._parts += self._sketches(each, kept)
+        with ExitStack() as stack:
+            made: Iterator[Average] = iter(())
+            if asked:
+                inside = stack.enter_context(scratch(self._root))
+                made = averages(asked, inside, self.fleet.seed, make, value, on)
+            for group in found.groups:
+                average = next(made) if _differ(group, value) else None
+                kept.append(self._add_group(each, group, average))
+        self._parts += sketches(each, self.fleet, self._consent, kept)
+
+    def _asked(self, each: Sets, group: Group, bounds: Array) -> Asked:
+        rows = np.array(sorted(group.errors))
+        records = [each.nodes[row].record for row in rows]
+        names = [record.tenant.name for record in records]
+        able = each.permissions.blend(rows)
+        allowed = [name for name, yes in zip(names, able, strict=True) if yes]
+        limits = dict(zip(names, bounds[rows].tolist(), strict=True))
+        errors = dict(zip(names, (group.errors[row] for row in rows), strict=True))
+        return Asked(each.nodes[group.center].record, records, allowed, limits, errors)
 
     def _add_group(
-        self, each: Sets, group: Group, bounds: Array, make: Make, value: Value
+        self, each: Sets, group: Group, made: Average | None
     ) -> tuple[Representative, Signature | None, int]:
-        nodes = [each.nodes[member] for member in sorted(group.errors)]
         center = each.nodes[group.center]
-        if len(nodes) == 1 and len(center.records) == 1:
+        if len(group.errors) == 1 and len(center.records) == 1:
             record = center.records[0]
             return self._alone(record, self._why_alone(each, record)), None, group.center
-        made, new = None, None
-        if len(nodes) > 1 and max(map(value, group.errors.values())) > NEAR_EXACT:
-            made, new = self._average(each, group, bounds, make, value)
         errors = {node: group.errors[node] for node in sorted(group.errors)}
-        reason = "duplicates: the same to 0.001 of their change"
-        if made is not None:
-            reason = made.reason
+        reason = made.chosen.reason if made else _DUPLICATES
+        new = made.signature if made else None
+        if made and new:
             names = {each.nodes[node].records[0].tenant.name: node for node in errors}
-            checked = {names[name]: error for name, error in made.errors.items()}
-            errors = {n: e for n, e in checked.items() if isinstance(e, Error)} if new else errors
-        rep = self._representative(each, group, made, new, reason)
+            checked = {names[name]: error for name, error in made.chosen.errors.items()}
+            errors = {node: error for node, error in checked.items() if isinstance(error, Error)}
+        rep = self._representative(each, group, made, reason)
         members = []
         for node, error in errors.items():
             for record in each.nodes[node].records:
@@ -197,83 +252,37 @@ class Draft:
         self._reps[rep.id] = replace(rep, members=tuple(sorted(members)))
         return self._reps[rep.id], new, group.center
 
-    def _average(
-        self, each: Sets, group: Group, bounds: Array, make: Make, value: Value
-    ) -> tuple[Chosen | None, Signature | None]:
-        """What `make` makes of a group, and its signature where a file was written for it."""
-        rows = np.array(sorted(group.errors))
-        records = [each.nodes[row].record for row in rows]
-        able = each.permissions.blend(rows)
-        allowed = [record.tenant.name for record, yes in zip(records, able, strict=True) if yes]
-        center = each.nodes[group.center].record
-        folder = self._root / self._below / f"new-{len(self._reps)}"
-        folder.parent.mkdir(exist_ok=True)
-        if center.dialect != "peft":
-            folder.mkdir()
-        out = folder if center.dialect == "peft" else folder / "adapter.safetensors"
-        made = make(center, records, out=out, allowed=allowed, max_error=float(bounds[rows].min()))
-        if not made.path:
-            shutil.rmtree(folder, ignore_errors=True)
-            return made, None
-        limits = {
-            record.tenant.name: bounds[row] for record, row in zip(records, rows, strict=True)
-        }
-        over = [
-            name
-            for name, error in made.errors.items()
-            if not isinstance(error, Error) or value(error) > limits[name]
-        ]
-        if over:
-            shutil.rmtree(folder)
-            self._notes.append(
-                f"an average of {len(records)} tenants was over the bound of {over[0]}: an "
-                "original serves them"
-            )
-            return None, None
-        found = signature(made.path, self.fleet.seed)
-        folder.rename(folder.with_name(self._fresh_id(found.content)))
-        return made, found
-
     def _representative(
-        self, each: Sets, group: Group, made: Chosen | None, new: Signature | None, reason: str
+        self, each: Sets, group: Group, made: Average | None, reason: str
     ) -> Representative:
         center = each.nodes[group.center].records[0]
-        if made is None or new is None:
-            return Representative(
-                self._fresh_id(center.content),
-                "medoid",
-                center.tenant.path,
-                center.tenant.location,
-                holds=(center.tenant.name,),
-                rank=center.rank,
-                size=center.size,
-                dtype=center.dtype,
-                dialect=center.dialect,
-                base=center.base,
-                content=center.content,
-                bound=None if made is None else made.bound,
-                reason=reason,
-            )
+        bound = made.chosen.bound if made else None
+        if made is None or made.signature is None:
+            return replace(self._original(center, reason), kind="medoid", members=(), bound=bound)
+        chosen, new = made.chosen, made.signature
         id = self._fresh_id(new.content)
-        inside = "" if center.dialect == "peft" else "/adapter.safetensors"
+        inside = "" if center.dialect in DIRECTORIES else f"/{FILE}"
+        place = self._root / self._below / id
+        place.parent.mkdir(exist_ok=True)
+        made.folder.rename(place)
         twins = [
             record.tenant.name
             for node in each.nodes
-            if node.records[0].tenant.name in made.holds
+            if node.records[0].tenant.name in chosen.holds
             for record in node.records
         ]
         return Representative(
             id,
-            made.kind,
+            chosen.kind,
             f"{self._below}/{id}{inside}",
             holds=tuple(sorted(twins)),
-            rank=made.rank,
-            size=made.size,
-            dtype=made.dtype,
+            rank=chosen.rank,
+            size=chosen.size,
+            dtype=chosen.dtype,
             dialect=center.dialect,
             base=center.base,
             content=new.content,
-            bound=made.bound,
+            bound=bound,
             reason=reason,
         )
 
@@ -287,28 +296,6 @@ class Draft:
         if allow == "group" and not rule.share_group:
             return _ALONE["none"]
         return _ALONE[allow]
-
-    def _sketches(
-        self, each: Sets, kept: Sequence[tuple[Representative, Signature | None, int]]
-    ) -> list[Sketched]:
-        """The sketches of a partition's representatives that others may be served by."""
-        able = [
-            (rep, new, place)
-            for rep, new, place in kept
-            if all(self._consent.may_represent(name) for name in rep.holds)
-        ]
-        if not able:
-            return []
-        records = [each.nodes[place].records[0] for _, _, place in able]
-        columns = self.fleet.columns(records)
-        sketches, _, stems = self.fleet.matrix(records)
-        shape = Layout(stems, columns.shapes, columns.side)
-        norms = np.array([record.norm for record in records])
-        for row, (_, new, _) in enumerate(able):
-            if new is not None:
-                sketches[row], norms[row] = placed(new, shape), new.norm
-        ids = tuple(rep.id for rep, _, _ in able)
-        return [Sketched(each.partition.key, ids, shape, norms, sketches)]
 
     def sketched(self) -> list[Sketched]:
         """All sketches."""
@@ -339,7 +326,7 @@ class Draft:
             max_error=max_error,
             metric=metric,
             options={**options, **before},
-            served=dict(sorted(self.served.items())),
+            served={name: _in(metric, item) for name, item in sorted(self.served.items())},
             representatives=dict(sorted(self._reps.items())),
             excluded=dict(sorted(self._excluded.items())),
             related=related,
@@ -349,3 +336,14 @@ class Draft:
             notes=tuple(self._notes),
             warnings=tuple(self._warnings),
         )
+
+
+def _differ(group: Group, value: Value) -> bool:
+    """Whether a group's members are more than duplicates."""
+    return len(group.errors) > 1 and max(map(value, group.errors.values())) > NEAR_EXACT
+
+
+def _in(metric: Metric, item: Served) -> Served:
+    """With the figure that is bounded also where nothing had to be measured."""
+    own = metric != "frobenius" and item.error == 0.0
+    return replace(item, measured=0.0) if own else item

@@ -12,6 +12,8 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import cache, partial
+from itertools import chain
 
 from adapterops.activations import Activations
 from adapterops.errors import AdapterOpsError
@@ -21,12 +23,14 @@ from adapterops.fleet.held import CHUNK, Held, Result
 from adapterops.fleet.opening import Opener
 from adapterops.fleet.shortfall import Error
 from adapterops.formats.locate import locate
-from adapterops.stream import Compute, Job, run
+from adapterops.stream import Compute, Job, Spread, available_memory, available_threads, run
 
 __all__ = ["Error", "Result", "compare", "compare_groups", "compare_many"]
 
 Group = tuple[str | None, Sequence[str]]
+Slice = tuple[str | None, tuple[str, ...]]
 _SLICE = 16  # members of a job
+_TOGETHER = 64  # members of a task on another machine
 _UNKNOWN = 64 << 20
 
 
@@ -76,8 +80,12 @@ def compare_groups(
 ) -> Generator[list[Result], None, None]:
     """`compare_many` of many representatives in one run: a list for each, in order.
 
-    Every member is opened and read once for each group that it is in, every representative once.
+    Every member is opened and read once for each group that it is in, every representative once,
+    or once for every `_TOGETHER` members where `on` spreads over machines.
     """
+    if on.spread is not None:
+        yield from _far(groups, on.spread, activations, allow_pickle)
+        return
     opener, stack = Opener(allow_pickle=allow_pickle), ExitStack()
     sizes: deque[int] = deque()
 
@@ -97,16 +105,73 @@ def compare_groups(
                 peak = _peak(representative, part, on.memory // 4)
                 yield Job(representative or "the base model", held.against, (part,), peak)
 
+    with stack, closing(run(jobs(), on)) as results:
+        yield from _gathered(results, sizes)
+
+
+def _gathered(
+    results: Iterable[list[Result]], sizes: deque[int]
+) -> Generator[list[Result], None, None]:
+    """Results of whole groups from those of their slices; `sizes` are the groups' slices, left."""
     gathered: list[Result] = []
     done = 0
-    with stack, closing(run(jobs(), on)) as results:
-        for result in results:
-            gathered += result
-            done += 1
-            if done == sizes[0]:
-                yield gathered
-                sizes.popleft()
-                gathered, done = [], 0
+    for result in results:
+        gathered += result
+        done += 1
+        if done == sizes[0]:
+            yield gathered
+            sizes.popleft()
+            gathered, done = [], 0
+
+
+def _far(
+    groups: Iterable[Group], spread: Spread, activations: Activations | None, allow_pickle: bool
+) -> Generator[list[Result], None, None]:
+    """`compare_groups` on other machines, `_TOGETHER` members of one or several groups at a time.
+
+    The slices are the same however many machines there are.
+    """
+    sizes: deque[int] = deque()
+
+    def batches() -> Iterator[list[Slice]]:
+        batch: list[Slice] = []
+        size = 0
+        for representative, members in groups:
+            cuts = range(0, max(1, len(members)), _TOGETHER)
+            sizes.append(len(cuts))
+            for at in cuts:
+                batch.append((representative, tuple(members[at : at + _TOGETHER])))
+                size += len(batch[-1][1])
+                if size >= _TOGETHER:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
+
+    work = partial(compare_slices, activations, allow_pickle)
+    with closing(spread(work, batches())) as results:
+        yield from _gathered(chain.from_iterable(results), sizes)
+
+
+def compare_slices(
+    activations: Activations | None, allow_pickle: bool, slices: Sequence[Slice]
+) -> list[list[Result]]:
+    """The errors of the members of each slice; memory is one task's share of this machine."""
+    budget = available_memory() // (4 * available_threads())
+    opener = _opener(allow_pickle)
+    with ExitStack() as stack:
+        inside = None
+        if any(is_remote(path) for own, members in slices for path in (own or "", *members)):
+            inside = stack.enter_context(scratch())
+        return [
+            Held(representative, opener, activations, budget, inside).against(members)
+            for representative, members in slices
+        ]
+
+
+@cache
+def _opener(allow_pickle: bool) -> Opener:
+    return Opener(allow_pickle=allow_pickle)
 
 
 def _peak(representative: str | None, members: Sequence[str], budget: int) -> int:

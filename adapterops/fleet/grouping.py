@@ -118,7 +118,7 @@ def verified_groups(
         for (center, members), results in zip(asked, compared, strict=True):
             for member, result in zip(members, results, strict=True):
                 if isinstance(result, AdapterOpsError):
-                    failed[member] = result
+                    failed[center if _is_about(result, nodes[center]) else member] = result
                 elif fits(result, float(bounds[member]), value):
                     kept[center].errors[member] = result
                     owner[member] = center
@@ -130,6 +130,9 @@ def verified_groups(
         if not left.any():
             break
         graph = graph.without(struck)
+        if failed:
+            out = np.isin(np.arange(len(nodes)), list(failed))
+            graph = graph.kept(~(out[graph.centers()] | out[graph.members]))
     for member, error in failed.items():
         kept.setdefault(member, Group(member, {member: exact(nodes[member].records[0])}))
         failed[member] = error
@@ -151,3 +154,8 @@ def exact(record: Record) -> Error:
 
 def _file(node: Node) -> str:
     return node.records[0].tenant.location
+
+
+def _is_about(error: AdapterOpsError, node: Node) -> bool:
+    """Whether it is the node's own file that something is wrong with."""
+    return f"{error.path}/".startswith(f"{_file(node)}/")

@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,8 +21,9 @@ from adapterops.errors import AdapterOpsError, FileError, Interrupted, UsageErro
 from adapterops.files.objects import folder_listing
 from adapterops.files.output import NOTHING_LEFT
 from adapterops.files.remote import is_remote
+from adapterops.files.scratch import scratch
 from adapterops.fleet.chunks import ROWS
-from adapterops.fleet.looking import Looked, Task, look, marked
+from adapterops.fleet.looking import Looked, Task, look, look_at_all, marked
 from adapterops.fleet.store import Known, Store
 from adapterops.fleet.tenants import find_tenants
 from adapterops.fleet.types import Signature, Tenant
@@ -31,6 +32,7 @@ from adapterops.stream import Compute
 
 Progress = Callable[[str, int, int], None]
 _FEW, _CHUNK = 8, 4  # tenants that are not worth another process, that one takes at a time
+_FAR_CHUNK = 16  # that another machine takes at a time
 _PROCESS = 300_000_000  # bytes of a process at work, half of them random signs that it remembers
 _REMOTE = 8  # processes for a store, which mostly wait
 _EVERY = 15.0  # seconds of work that an interruption loses at most, if no batch was full
@@ -77,14 +79,31 @@ def in_shard(name: str, shard: tuple[int, int]) -> bool:
 
 
 def tenants_of(source: Source, out: str, note: Callable[[str], None]) -> dict[str, Tenant]:
-    """The tenants of a source's shard by name, in order; nothing within `out` is one."""
+    """The tenants of a source's shard by name, in order; nothing within `out` is one.
+
+    Raises UsageError where that would leave out a tenant of a manifest, or all.
+    """
     own = os.path.realpath(out) + os.sep
     found = find_tenants(source.roots, manifest=source.manifest, pattern=source.pattern, note=note)
+    inside = {
+        tenant.name: tenant
+        for tenant in found
+        if not is_remote(tenant.location)
+        and f"{os.path.realpath(tenant.location)}/".startswith(own)
+    }
+    if inside:
+        first = next(iter(inside))
+        if source.manifest is not None or len(inside) == len(found):
+            raise UsageError(
+                f"the adapter of the tenant {first!r} lies within the index {out}",
+                path=inside[first].path,
+                hint="move it to another folder, or index into another FLEET",
+            )
+        note(f"{len(inside)} adapters within {out} passed over, {first!r} first")
     return {
         tenant.name: tenant
         for tenant in found
-        if in_shard(tenant.name, source.shard)
-        and (is_remote(tenant.location) or not os.path.realpath(tenant.location).startswith(own))
+        if in_shard(tenant.name, source.shard) and tenant.name not in inside
     }
 
 
@@ -268,12 +287,21 @@ def _looks(
     items: Sequence[tuple[Tenant, str]], seed: int, allow_pickle: bool, on: Compute
 ) -> Generator[Looked, None, None]:
     """What `look` gives for each item, in order, from as many processes as pay."""
+    if on.spread is not None:
+        chunks = [items[at : at + _FAR_CHUNK] for at in range(0, len(items), _FAR_CHUNK)]
+        far = partial(look_at_all, Task(seed, allow_pickle, True))
+        with closing(on.spread(far, chunks)) as results:
+            for found in results:
+                yield from found
+        return
     remote = any(is_remote(tenant.location) for tenant, _ in items)
     jobs = max(on.threads, _REMOTE) if remote else on.threads
     jobs = max(1, min(jobs, on.memory // _PROCESS))
     width = width_for(len(items), jobs, few=_FEW, chunk=_CHUNK)
-    work = partial(look, Task(seed, allow_pickle, width > 1))
-    if width > 1:
-        yield from workers.ordered_map(work, items, width, _CHUNK)
-    else:
-        yield from map(work, items)
+    with scratch() if remote else nullcontext() as folder:
+        inside = None if folder is None else os.fspath(folder)
+        work = partial(look, Task(seed, allow_pickle, width > 1, inside))
+        if width > 1:
+            yield from workers.ordered_map(work, items, width, _CHUNK)
+        else:
+            yield from map(work, items)

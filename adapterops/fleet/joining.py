@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 
+from adapterops.fleet.ids import DIGITS, fresh
 from adapterops.fleet.plan import Plan, Representative, Served
 from adapterops.fleet.planfile import Sketched
 from adapterops.fleet.types import Layout, Signature, Tenant
 
 Fate = Literal["kept", "joined", "alone", "base", "failed"]
-_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,8 @@ class Added:
 def singleton(item: Newcomer, taken: Collection[str]) -> Representative:
     """The representative that is a tenant's own adapter, with an id that is not `taken`."""
     found, name = item.signature, item.tenant.name
-    wanted = found.content[:_DIGITS]
-    ids = (wanted if count == 1 else f"{wanted}-{count}" for count in range(1, len(taken) + 2))
     return Representative(
-        id=next(id for id in ids if id not in taken),
+        id=fresh(found.content[:DIGITS], taken),
         kind="original",
         path=item.tenant.path,
         location=item.tenant.location,

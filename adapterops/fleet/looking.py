@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -24,11 +25,15 @@ CHANGED = "changed while it was read; the next `index` reads it again"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """How adapters are looked at; `apart`: in a process of its own, one of several."""
+    """How adapters are looked at; `apart`: in a process of its own, one of several.
+
+    `inside` is a folder for copies of remote ones, whose maker removes it.
+    """
 
     seed: int
     allow_pickle: bool
     apart: bool
+    inside: str | None = None
 
 
 class Looked(NamedTuple):
@@ -52,6 +57,11 @@ def marked(version: str, allow_pickle: bool) -> str:
     return f"{version}\npickles too" if allow_pickle and has_pickle(version) else version
 
 
+def look_at_all(task: Task, items: Sequence[tuple[Tenant, str]]) -> list[Looked]:
+    """`look` for each of some items."""
+    return [look(task, item) for item in items]
+
+
 def look(task: Task, item: tuple[Tenant, str]) -> Looked:
     """The signature of a tenant's adapter, whose files had this version when they were listed."""
     if task.apart:
@@ -68,7 +78,12 @@ def look(task: Task, item: tuple[Tenant, str]) -> Looked:
 def _look(task: Task, tenant: Tenant, listed: str) -> Looked:
     local = not is_remote(tenant.location)
     before = _version(tenant, task) if local else listed
-    place = located(tenant.location, accept=check_adapter, allow_pickle=task.allow_pickle)
+    place = located(
+        tenant.location,
+        inside=task.inside,
+        accept=check_adapter,
+        allow_pickle=task.allow_pickle,
+    )
     with place as path:
         found = signature(path, task.seed, allow_pickle=task.allow_pickle)
         good = found.status in ("ok", "no-op")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,8 +16,10 @@ from adapterops.errors import (
     UsageError,
 )
 from adapterops.files.remote import is_remote, located
+from adapterops.files.scratch import scratch
 from adapterops.fleet.eligible import reason
 from adapterops.fleet.joining import Newcomer
+from adapterops.fleet.partition import kind_key
 from adapterops.fleet.policy import Consent
 from adapterops.fleet.signature import signature
 from adapterops.fleet.tenants import find_tenants
@@ -55,6 +58,14 @@ def new_tenants(
             )
     if not found:
         raise UsageError("no input: give the adapters to assign")
+    for tenant in found:
+        try:
+            tenant.name.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"the tenant {tenant.name!r} is not UTF-8",
+                hint="name it by text that a plan can hold: tenant=path",
+            ) from None
     return found
 
 
@@ -84,21 +95,27 @@ def signed(
     With `strict` the first adapter that is broken (FormatError) or cannot be compared
     (UnsupportedError) is raised.
     """
-    jobs = [Job(t.path, _signature, (t.location, seed, allow_pickle), _PEAK) for t in tenants]
     result: list[Newcomer] = []
-    for tenant, found in zip(tenants, run(jobs, on), strict=True):
-        if strict and found.status in ("broken", "ineligible"):
-            kind = FormatError if found.status == "broken" else UnsupportedError
-            raise kind(found.reason, path=tenant.path)
-        result.append(Newcomer(tenant, found, partition_key(found, tenant.name, aliases, consent)))
-        if progress is not None:
-            progress("reading", len(result), len(tenants))
+    remote = any(is_remote(tenant.location) for tenant in tenants)
+    with scratch() if remote else nullcontext() as inside:
+        jobs = [
+            Job(t.path, _signature, (t.location, seed, allow_pickle, inside), _PEAK)
+            for t in tenants
+        ]
+        for tenant, found in zip(tenants, run(jobs, on), strict=True):
+            if strict and found.status in ("broken", "ineligible"):
+                kind = FormatError if found.status == "broken" else UnsupportedError
+                raise kind(found.reason, path=tenant.path)
+            key = partition_key(found, tenant.name, aliases, consent)
+            result.append(Newcomer(tenant, found, key))
+            if progress is not None:
+                progress("reading", len(result), len(tenants))
     return result
 
 
-def _signature(location: str, seed: int, allow_pickle: bool) -> Signature:
+def _signature(location: str, seed: int, allow_pickle: bool, inside: Path | None) -> Signature:
     try:
-        with located(location, allow_pickle=allow_pickle) as path:
+        with located(location, inside=inside, allow_pickle=allow_pickle) as path:
             return signature(path, seed, allow_pickle=allow_pickle)
     except MemoryLimitError:
         raise
@@ -110,4 +127,4 @@ def partition_key(
     found: Signature, name: str, aliases: Mapping[str, str], consent: Consent
 ) -> tuple[str, ...]:
     """The key of `partition.Partition` without the set of shapes, which sketches compare."""
-    return (aliases.get(found.base, found.base), found.dialect, found.extras, *consent.key(name))
+    return kind_key(found, consent.key(name), aliases)

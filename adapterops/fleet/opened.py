@@ -22,7 +22,6 @@ from adapterops.fleet.chunks import Chunk, open_chunk
 from adapterops.fleet.types import Layout, Record, Signature
 
 Array = np.ndarray[Any, Any]
-_BLOCK = 4096  # rows, 64 MB of float32 at 4096 columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +87,6 @@ class Fleet:
         columns = self.columns(records)
         return (*self._sketches(records, columns), columns.stems)
 
-    def blocks(
-        self, records: Sequence[Record], size: int = _BLOCK
-    ) -> Iterator[tuple[int, Array, Array]]:
-        """The rows of `matrix` by `size` at a time: the first row's place, sketches, energies."""
-        columns = self.columns(records)
-        for first in range(0, len(records), size):
-            yield first, *self._sketches(records[first : first + size], columns)
-
     def outputs(self, records: Sequence[Record]) -> Array:
         """Sketches (N, q) float32 of ΔWΔWᵀ over its norm; rows without a signature are zero."""
         return self._vectors(records, "outputs")
@@ -106,14 +97,6 @@ class Fleet:
         norms = np.linalg.norm(out, axis=1, keepdims=True)
         np.divide(out, norms, out=out, where=norms > 0)
         return out
-
-    def norms(self, records: Sequence[Record]) -> tuple[Array, tuple[str, ...]]:
-        """‖ΔW_l‖_F (N, L) float64, 0 where a record has no such module, and the L stems."""
-        columns = self.columns(records)
-        out = np.zeros((len(records), len(columns.stems)))
-        for rows, layout, found in self._found(records, "norms"):
-            out[np.ix_(rows, columns.places[layout])] = found
-        return out, columns.stems
 
     def signatures(self, records: Sequence[Record]) -> Iterator[Signature]:
         """What `index` measured of each record, one after the other."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adapterops.certificate import plain
-from adapterops.fleet.plan import Plan, Point, Related
+from adapterops.fleet.plan import Plan, Point, Related, Served
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class GroupInfo:
-    """One adapter that serves several tenants; errors as `plan.Served` defines them."""
+    """One adapter that serves several tenants; `largest` is the largest error in the metric."""
 
     id: str
     kind: str
@@ -95,7 +95,7 @@ def outcome(plan: Plan, output: str, changes: Mapping[str, Any]) -> ClusterRepor
         max_error=plan.max_error,
         metric=plan.metric,
         allow_sharing=str(plan.options["allow_sharing"]),
-        errors=_spread([item.error for item in shared]),
+        errors=_spread([_figure(item) for item in shared]),
         foreign=_spread([item.foreign for item in shared]),
         groups=tuple(
             GroupInfo(
@@ -103,7 +103,7 @@ def outcome(plan: Plan, output: str, changes: Mapping[str, Any]) -> ClusterRepor
                 rep.kind,
                 rep.members,
                 rep.rank,
-                max(plan.served[name].error for name in rep.members),
+                max(_figure(plan.served[name]) for name in rep.members),
                 max(plan.served[name].foreign for name in rep.members),
                 rep.reason,
             )
@@ -119,6 +119,10 @@ def outcome(plan: Plan, output: str, changes: Mapping[str, Any]) -> ClusterRepor
         warnings=plan.warnings,
         notes=plan.notes,
     )
+
+
+def _figure(item: Served) -> float:
+    return item.error if item.measured is None else item.measured
 
 
 def _spread(values: Sequence[float]) -> Spread | None:

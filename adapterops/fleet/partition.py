@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from adapterops.fleet.types import Layout, Record
+from adapterops.fleet.types import Layout, Record, Signature
 
 Key = tuple[str, ...]
 
@@ -54,8 +54,7 @@ def partitions(fleet: _Fleet, aliases: Mapping[str, str], consent: _Consent) -> 
     owners = consent.groups([record.tenant.name for record in records])
     alike: defaultdict[Key, list[Record]] = defaultdict(list)
     for record, owner in zip(records, owners, strict=True):
-        base = aliases.get(record.base, record.base)
-        alike[base, record.dialect, record.extras, *owner].append(record)
+        alike[kind_key(record, owner, aliases)].append(record)
     found = []
     for key in sorted(alike):
         worlds = _worlds({record.layout for record in alike[key]}, fleet.layouts)
@@ -70,15 +69,9 @@ def partitions(fleet: _Fleet, aliases: Mapping[str, str], consent: _Consent) -> 
     return found
 
 
-def duplicates(records: Sequence[Record]) -> dict[int, list[int]]:
-    """Byte duplicates: the place of the first of each content, and of all others that equal it."""
-    first: dict[str, int] = {}
-    found: dict[int, list[int]] = {}
-    for place, record in enumerate(records):
-        one = first.setdefault(record.content, place)
-        if one != place and record.content:
-            found.setdefault(one, []).append(place)
-    return found
+def kind_key(found: Record | Signature, owner: Key, aliases: Mapping[str, str]) -> Key:
+    """A partition's key without its set of shapes; `owner` is the policy's (`Consent.key`)."""
+    return aliases.get(found.base, found.base), found.dialect, found.extras, *owner
 
 
 def _worlds(used: Iterable[int], layouts: Sequence[Layout]) -> dict[int, int]:

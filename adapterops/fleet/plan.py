@@ -24,7 +24,8 @@ class Served:
     = |1 − ⟨C, D⟩/‖D‖²| is the share of its own change that it does not get (or gets beyond 1),
     `foreign` the norm of what others' training adds, over ‖D‖. `worst` is the module with the
     largest error of its own and that error. `measured` is the error in the plan's metric where that
-    is not Frobenius.
+    is not Frobenius. `location` opens the tenant's own adapter where `assign` was given it: the
+    index may know an earlier version.
     """
 
     by: str
@@ -39,6 +40,7 @@ class Served:
     rank: int = 0
     size: int = 0
     reason: str = ""
+    location: str = ""
 
 
 @dataclass(frozen=True, slots=True)

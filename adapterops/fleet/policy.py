@@ -70,10 +70,6 @@ class Consent:
             named = GROUP + self.policy.rule(other).share_group in entries
         return named and self.key(tenant) == self.key(other) and self.may_represent(other)
 
-    def may_share(self, first: str, second: str) -> bool:
-        """Whether one of two tenants may be served by the other's weights."""
-        return self.may_be_served_by(first, second) or self.may_be_served_by(second, first)
-
     def may_differ(self, tenant: str) -> bool:
         """Whether what serves a tenant may differ from its own by more than `NEAR_EXACT`."""
         rule = self.policy.rule(tenant)
@@ -154,10 +150,6 @@ class Permissions:
             return np.asarray(able & (self.group[members] == self.group[members[0]]).all())
         everyone = [bool(self.allowed(int(one), members).all()) for one in members]
         return np.asarray(able & np.array(everyone))
-
-    def permitted(self, holds: Array, members: Array) -> bool:
-        """Whether an adapter with weights of `holds` may serve all of `members`."""
-        return all(bool(self.allowed(int(server), members).all()) for server in holds)
 
 
 def _permissions(consent: Consent, tenants: Sequence[str]) -> Permissions:

@@ -24,6 +24,7 @@ from adapterops.activations import Activations
 from adapterops.errors import AdapterOpsError, IncompatibleError, NumericsError
 from adapterops.fleet.exact import Error, Result, compare_many
 from adapterops.fleet.plan import Kind
+from adapterops.fleet.policy import NEAR_EXACT
 from adapterops.fleet.representative_average import Choice, draft_average, write_average
 from adapterops.fleet.representative_inputs import by_content, opened
 from adapterops.fleet.types import Record
@@ -31,7 +32,6 @@ from adapterops.layout import sidecar_name
 from adapterops.stream import Compute
 
 KINDS: tuple[Choice, ...] = ("medoid", "mean", "minimax")
-DUPLICATE = 1e-3  # members that are this near are the same
 _GAIN, _LEAST = 0.1, 0.01
 _SHOWN = 1e-9  # below it rounding decides
 
@@ -77,6 +77,7 @@ def choose(
     dtype: str = "keep",
     activations: Activations | None = None,
     allow_pickle: bool = False,
+    errors: Mapping[str, Result] | None = None,
 ) -> Chosen:
     """The representative of `members`, of which `center` is the one whose original may serve all.
 
@@ -85,20 +86,23 @@ def choose(
     "same". `allowed` are the tenants that may be averaged in, all by default. Where `max_error` is
     given, an average that keeps it is worth a file however small the gain if the original does not.
     `dtype` "keep" is the commonest of the members'. `activations` make errors those of outputs.
+    `errors` are the members' by the original of `center`, where they are known already.
 
     Without "medoid" among `kinds` an average is taken whatever it gains; where none can be made,
     the original serves all the same, and the reason says why. Raises what reading the center and
     what writing raises, UsageError where `out` exists.
     """
     on_bytes = _Measure(members, on, activations, allow_pickle)
-    medoid = _original(center, members, on_bytes.of(center.tenant.location))
+    medoid = _original(center, members, errors or on_bytes.of(center.tenant.location))
     if len(members) == 1:
         return medoid
     if "medoid" in kinds:
-        if medoid.largest <= DUPLICATE:
+        if medoid.largest <= NEAR_EXACT:
             largest = f"{max(medoid.largest, _SHOWN):.0e}"
             reason = f"an original: the others differ from it by at most {largest} of their change"
             return replace(medoid, reason=reason)
+        if medoid.largest < _LEAST and (max_error is None or medoid.largest <= max_error):
+            return replace(medoid, reason=f"an original: its largest error is {medoid.largest:.1g}")
         if set(kinds) == {"medoid"}:
             return replace(medoid, reason="one of the originals, as asked")
     held = _averaged(members, medoid.errors, allowed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from adapterops.fleet.grouping import Node, nodes_of
 from adapterops.fleet.opened import Fleet
 from adapterops.fleet.partition import Partition
+from adapterops.fleet.plan import Representative
+from adapterops.fleet.planfile import Sketched
 from adapterops.fleet.policy import Consent, Permissions
 from adapterops.fleet.sketch import smaller
 from adapterops.fleet.types import Array, Layout, Signature
@@ -56,3 +59,28 @@ def placed(found: Signature, onto: Layout) -> Array:
         if stem in index:
             out[place] = blocks[index[stem]]
     return out.reshape(-1)
+
+
+def sketches(
+    each: Sets,
+    fleet: Fleet,
+    consent: Consent,
+    kept: Sequence[tuple[Representative, Signature | None, int]],
+) -> list[Sketched]:
+    """The sketches of those of a partition's representatives that others may be served by.
+
+    With each comes the signature of its file if that is new, and the node that it is made around.
+    """
+    able = [item for item in kept if all(consent.may_represent(name) for name in item[0].holds)]
+    if not able:
+        return []
+    records = [each.nodes[place].records[0] for _, _, place in able]
+    columns = fleet.columns(records)
+    rows, _, stems = fleet.matrix(records)
+    shape = Layout(stems, columns.shapes, columns.side)
+    norms = np.array([record.norm for record in records])
+    for row, (_, new, _) in enumerate(able):
+        if new is not None:
+            rows[row], norms[row] = placed(new, shape), new.norm
+    ids = tuple(rep.id for rep, _, _ in able)
+    return [Sketched(each.partition.key, ids, shape, norms, rows)]

@@ -8,12 +8,12 @@ enough adapters are let go (`sticky.exchanges`), and everybody who is left is co
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adapterops.errors import AdapterOpsError
 from adapterops.fleet.exact import Error
-from adapterops.fleet.grouping import Compare, Grouped, exact
+from adapterops.fleet.grouping import Compare, Grouped, Value, exact, fits
 from adapterops.fleet.nearest import nearest, searched
 from adapterops.fleet.opened import Fleet
 from adapterops.fleet.partition import Partition
@@ -47,12 +47,13 @@ def staying(
     consent: Consent,
     bound: float,
     compare: Compare,
-    value: Callable[[Error], float],
+    value: Value,
 ) -> list[Stayed]:
     """The representatives of `previous`, a plan at `folder`, that stay, and whom they serve."""
     records = {record.tenant.name: record for part in parts for record in part.records}
     contents = {name: record.content for name, record in records.items()}
     survival = survivors(previous, contents, consent, fleet.removed)
+    survival = replace(survival, kept={id: _moved(x, records) for id, x in survival.kept.items()})
     near = _near(folder, fleet, parts, consent, bound, set(survival.kept))
 
     def verify(id: str, names: Sequence[str]) -> dict[str, Error | None]:
@@ -70,7 +71,7 @@ def staying(
         except AdapterOpsError:  # it is gone or damaged: nobody stays with it
             return found
         for name, result in zip(others, results, strict=True):
-            if isinstance(result, Error) and value(result) <= consent.bound(name, bound):
+            if isinstance(result, Error) and fits(result, consent.bound(name, bound), value):
                 found[name] = result
         return found
 
@@ -86,6 +87,14 @@ def staying(
         )
         for id, errors in sorted(members.items())
     ]
+
+
+def _moved(rep: Representative, records: Mapping[str, Record]) -> Representative:
+    """An original, where its tenant's file is now."""
+    if rep.kind not in ("original", "medoid"):
+        return rep
+    tenant = records[rep.holds[0]].tenant
+    return replace(rep, path=tenant.path, location=tenant.location)
 
 
 def _near(

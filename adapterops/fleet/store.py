@@ -25,7 +25,7 @@ from adapterops.fleet.creating import create_index, has_index
 from adapterops.fleet.lock import hold
 from adapterops.fleet.opened import Fleet, open_fleet
 from adapterops.fleet.schema import DATABASE, SIGNATURES, with_names
-from adapterops.fleet.types import Layout, Record, Signature, Tenant
+from adapterops.fleet.types import Layout, Signature, Tenant
 
 __all__ = ["Batch", "Fleet", "Known", "Store", "open_fleet"]
 Batch = Sequence[tuple[Tenant, str, Signature]]
@@ -103,16 +103,6 @@ class Store:
             self._database.close()
             os.close(self._lock)
             self._lock = -1
-
-    def records(self) -> list[Record]:
-        """What is known of every tenant that is there, sorted by name."""
-        with self._transaction() as database:
-            return schema.snapshot(database).records
-
-    def layouts(self) -> list[Layout]:
-        """The layouts of the records, which they name by their places here."""
-        with self._transaction() as database:
-            return schema.snapshot(database).layouts
 
     def removed(self) -> set[str]:
         """Tenants that were off-boarded."""

@@ -25,7 +25,7 @@ def read_manifest(path: str) -> list[Tenant]:
     spaces around a field too, and a blank traffic is 1. Raises FileError, and UsageError with the
     line for a column that is unknown or missing, an empty field, or a traffic that is no number.
     """
-    rows = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    rows = csv.reader(io.StringIO(_text(path), newline=""), strict=True, skipinitialspace=True)
     found: list[Tenant] = []
     columns: list[str] = []
     try:

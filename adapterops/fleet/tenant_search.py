@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from adapterops.batch.search import _OTHERS, WEIGHTS, _is_adapter
+from adapterops.batch.search import OTHERS, WEIGHTS, is_adapter
 from adapterops.errors import UsageError
 from adapterops.files.names import WEIGHTS as ADAPTER_WEIGHTS
 from adapterops.files.remote import Entry, unsafe_part
@@ -22,6 +22,12 @@ Inside = list[tuple[str, bool]]  # names in a folder, sorted, and whether each i
 _CHECKPOINT = "checkpoint-"
 _TENANT = "{tenant}"
 _SHOWN = 3
+# What an index, a plan and a deployment have in them: their files are no tenants.
+_OURS = (
+    {"fleet.sqlite"},
+    {"plan.json", "sketches.safetensors"},
+    {"routes.json", "adapterops.json"},
+)
 
 
 class Tree(Protocol):
@@ -50,7 +56,10 @@ class LocalTree:
     def enter(self, name: str) -> bool:
         """Whether a folder is searched for the first time; links may lead back to one."""
         path = os.path.join(self._root, name)
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError:  # gone meanwhile
+            return False
         identity = status.st_dev, status.st_ino
         if identity in self._entered:
             self._note(f"{path}: a link to a folder that is searched already, entered once")
@@ -111,24 +120,30 @@ def _below(folder: str, name: str) -> str:
 def adapters_in(tree: Tree, note: Note = lambda text: None) -> Iterator[str]:
     """The adapters of a tree by the rule for batches, without checkpoints; "" is the root itself.
 
-    A folder that cannot be read counts as one: opening it says why.
+    Indexes, plans and deployments are not searched: what serves tenants is no tenant. A folder that
+    cannot be read counts as one: opening it says why.
     """
     waiting = [("", True)]
     checkpoints, others = 0, 0
+    nested: list[str] = []
     while waiting:
         name, is_folder = waiting.pop()
         inside = tree.inside(name) if is_folder else []
-        if not is_folder or inside is None or _is_adapter(part for part, _ in inside):
+        if not is_folder or inside is None or is_adapter(part for part, _ in inside):
+            nested += _nested(tree, name, inside or [])
             yield name
             continue
         if not tree.enter(name):
+            continue
+        if any(marks <= {part for part, _ in inside} for marks in _OURS):
+            note(f"{name or 'the folder'}: an index, plan or deployment of adapterops, passed over")
             continue
         for part, is_inner in reversed(inside):
             if part.startswith(".") or not (is_inner or part.lower().endswith(WEIGHTS)):
                 continue
             if part.startswith(_CHECKPOINT):
                 checkpoints += 1
-            elif not is_inner and _OTHERS.fullmatch(part):
+            elif not is_inner and OTHERS.fullmatch(part):
                 others += 1
             else:
                 waiting.append((_below(name, part), is_inner))
@@ -136,6 +151,20 @@ def adapters_in(tree: Tree, note: Note = lambda text: None) -> Iterator[str]:
         note(f"{checkpoints} checkpoint-* passed over; list them in a manifest to count them")
     if others:
         note(f"{others} files of base models or trainers passed over")
+    if nested:
+        note(
+            f"{len(nested)} adapters inside the folders of others passed over, {min(nested)!r} "
+            "first; list them in a manifest to count them"
+        )
+
+
+def _nested(tree: Tree, name: str, inside: Inside) -> Iterator[str]:
+    """Adapters in an adapter's own folder, where PEFT saves all but the first of a model."""
+    for part, is_folder in inside:
+        if is_folder and not part.startswith((".", _CHECKPOINT)):
+            found = tree.inside(_below(name, part))
+            if found and is_adapter(each for each, _ in found):
+                yield _below(name, part)
 
 
 class Pattern:
@@ -195,10 +224,10 @@ class Pattern:
     def _is_adapter(self, tree: Tree, name: str, is_folder: bool) -> bool:
         if is_folder:
             inside = tree.inside(name)
-            return inside is None or _is_adapter(part for part, _ in inside)
+            return inside is None or is_adapter(part for part, _ in inside)
         part = name.rpartition("/")[2]
         is_spelled = part == self._parts[-1]
-        return part.lower().endswith(WEIGHTS) and (is_spelled or not _OTHERS.fullmatch(part))
+        return part.lower().endswith(WEIGHTS) and (is_spelled or not OTHERS.fullmatch(part))
 
 
 def _problem(text: str, parts: list[str]) -> str | None:

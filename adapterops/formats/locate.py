@@ -9,31 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterops.errors import FileError, FormatError, PickleRefusedError
+from adapterops.files.names import PICKLES, SIDE_FILES, WEIGHTS
 from adapterops.files.source import LocalFile, read_bytes, unreadable
 from adapterops.formats import mlx, peft
 
-_WEIGHTS = (
-    peft.WEIGHTS,
-    "pytorch_lora_weights.safetensors",
-    "adapter_model.bin",
-    "pytorch_lora_weights.bin",
-    mlx.WEIGHTS,
-)
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CONFIG_KEYS = {"peft_type", "lora_alpha", "r", "lora_parameters"}
-# Files beside an adapter that belong to it: engines read added tokens from there.
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +28,7 @@ class Located:
 
     @property
     def is_pickle(self) -> bool:
-        return self.weights.lower().endswith(_PICKLES)
+        return self.weights.lower().endswith(PICKLES)
 
 
 def locate(path: str | os.PathLike[str]) -> Located:
@@ -76,7 +56,7 @@ def _in_directory(directory: str) -> Located:
         names = set(os.listdir(directory))
     except OSError as error:
         raise unreadable(directory, error) from None
-    found = [name for name in _WEIGHTS if name in names and _is_file(directory, name)]
+    found = [name for name in WEIGHTS if name in names and _is_file(directory, name)]
     if not found:
         found = sorted(
             name for name in names if name.endswith(".safetensors") and _is_file(directory, name)

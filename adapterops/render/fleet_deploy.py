@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from adapterops.fleet.deploy.report import DeployReport, TenantError
+from adapterops.fleet.deploy.report import DeployReport
 from adapterops.render.tables import percent
 from adapterops.render.text import count, drawn, grid, megabytes, safe
 
@@ -74,12 +74,12 @@ def _adapters(console: Any, report: DeployReport, verbose: bool) -> None:
 
 
 def _tenants(console: Any, report: DeployReport, verbose: bool) -> None:
-    errors = sorted(report.tenants.items(), key=lambda pair: (-_counted(pair[1]), pair[0]))
-    changed = [pair for pair in errors if _counted(pair[1]) > pair[1].floor]
+    errors = sorted(report.tenants.items(), key=lambda pair: (-pair[1].counted, pair[0]))
+    changed = [pair for pair in errors if pair[1].counted > pair[1].floor]
     if changed:
         limit = "" if report.limit is None else f", the bound is {percent(report.limit)}"
         console.print(
-            f"largest error of a tenant {percent(_counted(changed[0][1]))} ({report.metric})"
+            f"largest error of a tenant {percent(changed[0][1].counted)} ({report.metric})"
             f"{limit}; {count(len(errors) - len(changed), 'tenant')} without any"
         )
     shown = errors if verbose else changed[:_SHOWN]
@@ -89,7 +89,7 @@ def _tenants(console: Any, report: DeployReport, verbose: bool) -> None:
     for tenant, item in shown:
         table.add_row(
             safe(tenant),
-            percent(_counted(item), item.floor),
+            percent(item.counted, item.floor),
             percent(item.planned, item.floor),
             percent(item.foreign, item.floor),
             item.known,
@@ -98,10 +98,6 @@ def _tenants(console: Any, report: DeployReport, verbose: bool) -> None:
     console.print(table)
     if report.salted:
         console.print(f"{count(report.salted, 'tenant')} with a cache_salt of their own")
-
-
-def _counted(item: TenantError) -> float:
-    return item.error if item.measured is None else item.measured
 
 
 def _memory(console: Any, report: DeployReport) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import msgspec
 
 from adapterops.activations import Activations
-from adapterops.errors import AdapterOpsError, ChangedError
+from adapterops.errors import AdapterOpsError, ChangedError, IncompatibleError
 from adapterops.files.output import SIDECAR, Staging, check_outside, stage
 from adapterops.files.remote import is_remote, located
 from adapterops.fleet import planfile
@@ -21,11 +21,12 @@ from adapterops.fleet.deploy.verify import inputs_of
 from adapterops.fleet.exact import Error, compare_many
 from adapterops.fleet.joining import Newcomer
 from adapterops.fleet.newcomers import new_tenants, signed
-from adapterops.fleet.plan import Representative
+from adapterops.fleet.plan import Plan, Representative
 from adapterops.fleet.planfile import PLAN, SKETCHES
 from adapterops.fleet.policy import consent_from, read_policy
 from adapterops.fleet.replanning import counters
 from adapterops.fleet.standing import carry, check_consent
+from adapterops.fleet.types import Tenant
 from adapterops.fleet.versions import versions
 from adapterops.options import compute
 from adapterops.stream import Compute
@@ -70,6 +71,7 @@ def assign(
     old, sketched = planfile.read_plan(folder), planfile.read_sketches(folder)
     warnings: list[str] = []
     tenants = new_tenants(new, warnings.append)
+    _check_removed(old, tenants)
     consent = consent_from(old.options)
     if policy is not None:
         consent = replace(consent, policy=read_policy(policy))
@@ -105,6 +107,18 @@ def assign(
         with stage(out, directory=True, overwrite=overwrite) as staging:
             _write(staging, folder, replace(found, plan=made), report)
     return report
+
+
+def _check_removed(plan: Plan, tenants: Sequence[Tenant]) -> None:
+    """Refuse tenants that the plan knows to be off-boarded: `deploy` would refuse all of it."""
+    gone = {str(name) for name in plan.options.get("removed") or ()}
+    back = [tenant for tenant in tenants if tenant.name in gone]
+    if back:
+        raise IncompatibleError(
+            f"the tenant {back[0].name!r} was off-boarded before this plan was made",
+            path=back[0].path,
+            hint="index --restore takes it in again; then index and cluster --previous",
+        )
 
 
 class _Verify:

@@ -14,8 +14,8 @@ from adapterops.casts import DTYPE_NAMES
 from adapterops.errors import UsageError
 from adapterops.files.output import check_outside
 from adapterops.inputs import Input
-from adapterops.options import compute
-from adapterops.verbs.options import as_limit, as_pattern, as_policy, as_round, as_seed, opened
+from adapterops.options import as_seed, compute
+from adapterops.verbs.options import as_limit, as_pattern, as_policy, as_round, opened
 
 _Path = str | os.PathLike[str]
 

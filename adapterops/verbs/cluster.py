@@ -13,6 +13,7 @@ from adapterops.fleet.aliases import read_aliases
 from adapterops.fleet.cluster import Options, plan_fleet
 from adapterops.fleet.outcome import ClusterReport
 from adapterops.fleet.policy import Consent, Policy, Sharing, read_policy
+from adapterops.fleet.ray_run import run_by
 from adapterops.options import compute, is_number, is_whole
 
 _Path = str | os.PathLike[str]
@@ -39,6 +40,7 @@ def cluster(
     device: str = "auto",
     memory: str | int | None = None,
     jobs: int | None = None,
+    runner: Literal["threads", "ray"] = "threads",
     overwrite: bool = False,
     strict: bool = False,
     allow_pickle: bool = False,
@@ -68,6 +70,9 @@ def cluster(
         dtype: keep, float32, bfloat16 or float16, of new representatives.
         previous: a PLAN to stay close to.
         discovery: the false discovery rate of related tenants.
+        runner: threads, of this machine; ray, tasks of the Ray cluster that it is a node of for
+            verification and new representatives. All nodes see the files and PLAN by the same
+            names; `memory` is this machine's then, and `jobs` the tasks at a time.
         device, memory, jobs, overwrite, strict, allow_pickle, progress: as in `merge`.
         dry_run: return the plan's report, read and verify everything, write nothing.
 
@@ -111,7 +116,8 @@ def cluster(
     )
     check_outside(out, [path for path in (fleet, previous) if path is not None])
     on = compute(device, memory, jobs)
-    return plan_fleet(os.fspath(fleet), os.fspath(out), options, on, progress)
+    with run_by(runner, on, jobs) as where:
+        return plan_fleet(os.fspath(fleet), os.fspath(out), options, where, progress)
 
 
 def _one_of(option: str, value: Any, known: tuple[str, ...]) -> Any:

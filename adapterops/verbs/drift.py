@@ -21,10 +21,10 @@ from adapterops.judging.forward import forward_errors
 from adapterops.judging.logits import compare_logits
 from adapterops.judging.report import DriftReport
 from adapterops.judging.run import judge_model
-from adapterops.options import compute
+from adapterops.options import as_seed, compute
 from adapterops.rounding.precision import exact_arithmetic
 from adapterops.save import save_sum
-from adapterops.verbs.options import as_limit, as_pattern, as_policy, as_round, as_seed, opened
+from adapterops.verbs.options import as_limit, as_pattern, as_policy, as_round, opened
 
 _Path = str | os.PathLike[str]
 

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 from adapterops.errors import UsageError
 from adapterops.fleet.creating import has_index
@@ -14,8 +15,9 @@ from adapterops.fleet.index import Done, Source, index_source, tenants_of
 from adapterops.fleet.index_report import IndexReport, report
 from adapterops.fleet.merging import check_seed, merge_fleets, open_parts
 from adapterops.fleet.opened import open_fleet
+from adapterops.fleet.ray_run import run_by
 from adapterops.fleet.store import Store
-from adapterops.options import compute, is_whole
+from adapterops.options import as_seed, compute
 
 _Path = str | os.PathLike[str]
 
@@ -35,6 +37,7 @@ def index(
     allow_pickle: bool = False,
     memory: str | int | None = None,
     jobs: int | None = None,
+    runner: Literal["threads", "ray"] = "threads",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> IndexReport:
     """Bring the index FLEET at `out` up to date with the adapters of `source`, each read once.
@@ -58,6 +61,8 @@ def index(
         strict: stop at the first adapter that is broken or cannot be compared.
         allow_pickle: read .bin and .pt files (weights_only, never code).
         memory: bytes in flight. jobs: processes. progress: called with (what, done, count).
+        runner: threads, processes of this machine; ray, tasks of the Ray cluster that it is a node
+            of, all of whose nodes see the files by the same names.
 
     Raises:
         AdapterOpsError: one of the tree in `adapterops.errors`. What was finished stays in the
@@ -69,30 +74,32 @@ def index(
     removing, restoring = _names(remove), _names(restore)
     listed = None if manifest is None else os.fspath(manifest)
     place = Source(paths, listed, pattern, _shard(shard))
-    _check_seed(seed)
+    if seed is not None:
+        as_seed(seed)
     on = compute("cpu", memory, jobs)
     _check(place, shard, merge, removing, restoring)
     start = time.monotonic()
     notes: list[str] = []
-    fleets = open_parts(paths, out, seed) if merge else []
-    wanted = fleets[0].seed if fleets else seed
     adds = not merge and (paths or listed is not None)
-    tenants = tenants_of(place, out, notes.append) if adds else {}
-    with _opened(out, wanted, creates=bool(fleets or adds)) as store:
-        _edit(store, removing, restoring)
-        done = Done()
-        if merge:
-            done = Done(unchanged=merge_fleets(store, fleets, progress))
-        elif adds:
-            done = index_source(
-                store,
-                place,
-                tenants,
-                on,
-                strict=strict,
-                allow_pickle=allow_pickle,
-                progress=progress,
-            )
+    with run_by(runner, on, jobs) as where:
+        fleets = open_parts(paths, out, seed) if merge else []
+        wanted = fleets[0].seed if fleets else seed
+        tenants = tenants_of(place, out, notes.append) if adds else {}
+        with _opened(out, wanted, creates=bool(fleets or adds)) as store:
+            _edit(store, removing, restoring)
+            done = Done()
+            if merge:
+                done = Done(unchanged=merge_fleets(store, fleets, progress))
+            elif adds:
+                done = index_source(
+                    store,
+                    place,
+                    tenants,
+                    where,
+                    strict=strict,
+                    allow_pickle=allow_pickle,
+                    progress=progress,
+                )
     return report(
         open_fleet(out),
         done,
@@ -106,12 +113,6 @@ def index(
 def _names(given: str | Iterable[str]) -> tuple[str, ...]:
     names = [given] if isinstance(given, str) else given
     return tuple(dict.fromkeys(names))
-
-
-def _check_seed(seed: int | None) -> None:
-    # Not `verbs.options.as_seed`, which comes with all of torch.
-    if seed is not None and (not is_whole(seed) or not 0 <= seed < 2**63):
-        raise UsageError(f"--seed {seed!r}: expected a whole number from 0 to 2⁶³ − 1")
 
 
 def _shard(text: str | None) -> tuple[int, int]:

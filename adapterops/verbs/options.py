@@ -14,7 +14,7 @@ from adapterops.errors import UsageError
 from adapterops.extras import Policy
 from adapterops.formats.model import AdapterFile
 from adapterops.inputs import Input, open_for_base
-from adapterops.options import check_weights, is_number, is_whole
+from adapterops.options import check_weights, is_number
 
 _Path = str | os.PathLike[str]
 
@@ -76,10 +76,3 @@ def as_pattern(text: Any) -> str | None:
     if text is not None and not isinstance(text, str):
         raise UsageError(f"--modules {text!r}: expected a regular expression as text")
     return text
-
-
-def as_seed(value: Any) -> int:
-    """A seed of 63 bits. Raises UsageError."""
-    if not is_whole(value) or not 0 <= value < 2**63:
-        raise UsageError(f"--seed {value!r}: expected a whole number from 0 to 2⁶³ − 1")
-    return int(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from adapterops.errors import AdapterOpsError, IncompatibleError
@@ -12,6 +12,10 @@ from adapterops.fleet.planfile import plan_folder
 from adapterops.fleet.store import Fleet, open_fleet
 
 _SHOWN = 5
+_UNREAD = (
+    "was not read when it was planned, so neither its base nor what it does is known; index it "
+    "with --allow-pickle and plan again"
+)
 
 
 def some(names: Collection[str]) -> str:
@@ -82,13 +86,18 @@ def of_base(
     """Tenants that `served` is the wrong base for, with the reason, and warnings.
 
     A deployment serves one base. Where the plan has several, those of the one are taken whose name
-    is `served`, as a whole or in its last part, and those that name none are no one's. `aliases`
-    maps names to those they stand for, `bases` tenants to what their own adapters name, for those
-    that need no adapter. Raises IncompatibleError where it is none of them.
+    is `served`, or is in its last part if no name is as a whole, and those that name none are no
+    one's, and files that were never read never are. `aliases` maps names to those they stand for,
+    `bases` tenants to what their own adapters name, for those that need no adapter. Raises
+    IncompatibleError where it is none of them, or several.
     """
     named: dict[str, str] = {}
     nameless: list[str] = []
+    unread: dict[str, str] = {}
     for rep in plan.representatives.values():
+        if rep.kind != "base" and not rep.content:
+            unread |= dict.fromkeys(rep.members, _UNREAD)
+            continue
         for tenant in rep.members:
             own = rep.base or bases.get(tenant, "")
             base = aliases.get(own, own)
@@ -97,26 +106,43 @@ def of_base(
             else:
                 nameless.append(tenant)
     known = sorted(set(named.values()))
-    alike = [base for base in known if _last(base) == _last(aliases.get(served, served))]
-    if len(known) > 1 and not alike:
+    wanted = aliases.get(served, served)
+    alike = [base for base in known if base == wanted] or [
+        base for base in known if _last(base) == _last(wanted)
+    ]
+    if len(known) > 1 and len(alike) != 1:
+        called = f"several of them called like {served!r}" if alike else f"none called {served!r}"
         raise IncompatibleError(
-            f"the plan has adapters of {len(known)} bases ({some(known)}), none of them called "
-            f"{served!r}",
-            hint="give one of these as --served-base; each is a deployment of its own",
+            f"the plan has adapters of {len(known)} bases ({some(known)}), {called}",
+            hint="give one of these as --served-base, each is a deployment of its own; or say "
+            "which are one by cluster --base-alias",
         )
-    if len(known) == 1 and not alike:
-        return {}, [
-            f"the adapters were trained on {known[0]!r}; {served!r} must have the same weights"
-        ]
+    if len(known) < 2:
+        return unread, _unsure(known, alike, served, nameless)
     wrong = {
         tenant: f"was trained on {base!r}, and this deployment serves {served!r}"
         for tenant, base in named.items()
         if base not in alike
     }
-    if len(known) > 1:
-        unknown = "names no base, and the plan has several; a blank name in --base-alias is it"
-        wrong |= dict.fromkeys(nameless, unknown)
-    return wrong, []
+    unknown = "names no base, and the plan has several; a blank name in --base-alias is it"
+    return unread | wrong | dict.fromkeys(nameless, unknown), []
+
+
+def _unsure(
+    known: Sequence[str], alike: Sequence[str], served: str, nameless: Collection[str]
+) -> list[str]:
+    """What the names of bases leave open, of a plan that has one base or none."""
+    said = []
+    if known and not alike:
+        said.append(
+            f"the adapters were trained on {known[0]!r}; {served!r} must have the same weights"
+        )
+    if nameless:
+        said.append(
+            f"the adapters of {len(nameless)} tenants name no base ({some(nameless)}); {served!r} "
+            "must be what they were trained on"
+        )
+    return said
 
 
 def _last(name: str) -> str:

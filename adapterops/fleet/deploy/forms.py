@@ -16,9 +16,9 @@ from adapterops.errors import IncompatibleError
 from adapterops.files.clone import duplicate
 from adapterops.files.output import MAIN, SIDECAR, write_file
 from adapterops.files.publish import sync_directory
-from adapterops.files.source import LocalFile, read_bytes
 from adapterops.fleet.deploy.report import How
-from adapterops.formats import open_adapter_file, peft
+from adapterops.formats import diffusers, open_adapter_file, peft
+from adapterops.formats.locate import read_text
 from adapterops.formats.model import AdapterFile
 from adapterops.prepare import Options
 from adapterops.ranks import Ranks
@@ -74,6 +74,11 @@ def form(file: AdapterFile, label: str, folder: Path | None, terms: Terms, on: C
     way the config names the served base. `label` stands for its name in what is recorded. Raises
     what `compress` raises for an adapter that has no legal form.
     """
+    if _is_of_image_model(file):
+        raise IncompatibleError(
+            f"is an adapter of an image model ({file.dialect}), which {terms.engine.title} does "
+            "not serve"
+        )
     objections = judge(file, terms.engine.name)
     for objection in objections:
         if objection.rule == "added-tokens" and objection.severity != "note":
@@ -81,6 +86,13 @@ def form(file: AdapterFile, label: str, folder: Path | None, terms: Terms, on: C
     if _as_it_is(file, objections, terms):
         return _copied(file, folder, terms, objections)
     return _written(file, label, folder, terms, on)
+
+
+def _is_of_image_model(file: AdapterFile) -> bool:
+    """Whether modules are called as in a diffusion pipeline; bare names may be any model's."""
+    if file.dialect == "diffusers":
+        return any(diffusers.component(diffusers.canonical(stem)) for stem in file.sites)
+    return file.dialect not in ("peft", "mlx")
 
 
 def _as_it_is(file: AdapterFile, objections: list[Objection], terms: Terms) -> bool:
@@ -144,7 +156,7 @@ def _written(
     for name in (_CARD, SIDECAR):  # of a single adapter; the deployment has its own
         (folder / name).unlink(missing_ok=True)
     config = folder / peft.CONFIG
-    text = config_for(read_text(config), terms.served_base)
+    text = config_for(read_text(os.fspath(config)), terms.served_base)
     config.unlink()
     write_file(config, [text])
     sync_directory(folder)
@@ -168,19 +180,11 @@ def _formed(
 def config_for(text: bytes, served_base: str) -> bytes:
     """adapter_config.json with the served base's name; the same bytes where it has that already.
 
-    vLLM's resolver also insists on peft_type.
+    vLLM's resolver also insists on peft_type in capitals, and every engine on UTF-8 without a mark.
     """
     config: dict[str, Any] = json.loads(text)
-    named = {"peft_type": "LORA", **config, "base_model_name_or_path": served_base}
-    if named == config:
+    kind = str(config.get("peft_type") or "LORA").upper()
+    named = {**config, "peft_type": kind, "base_model_name_or_path": served_base}
+    if named == config and json.detect_encoding(text) == "utf-8":
         return text
     return json.dumps(named, indent=2, sort_keys=True).encode() + b"\n"
-
-
-def read_text(path: str | Path) -> bytes:
-    """All bytes of a small file."""
-    file = LocalFile(path)
-    try:
-        return bytes(read_bytes(file, 0, file.size()))
-    finally:
-        file.close()

@@ -7,13 +7,15 @@ name change (`v1/core/kv_cache_utils.py: _gen_lora_extra_hash_keys`).
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection
 from pathlib import Path
 
 from adapterops.files.output import MAIN
 from adapterops.files.source import LocalFile, read_header
-from adapterops.fleet.deploy.forms import read_text
+from adapterops.fleet import ids
 from adapterops.formats import peft
+from adapterops.formats.locate import read_text
 
 PREFIX = "lora-"  # never that of a salt
 _DIGITS = 16
@@ -25,7 +27,7 @@ def content(folder: Path) -> str:
 
     The metadata of the weights file is left out: it says who wrote it, which changes nothing.
     """
-    digest = hashlib.sha256(read_text(folder / peft.CONFIG))
+    digest = hashlib.sha256(read_text(os.fspath(folder / peft.CONFIG)))
     file = LocalFile(folder / MAIN)
     buffer = bytearray(_BLOCK)
     try:
@@ -42,13 +44,5 @@ def content(folder: Path) -> str:
 
 
 def fresh(digest: str, taken: Collection[str]) -> str:
-    """The name of an adapter with that content; a second one of the same content is `…-2`.
-
-    Tenants whose bytes agree but who must not share an adapter have names of their own.
-    """
-    name = f"{PREFIX}{digest[:_DIGITS]}"
-    found, count = name, 1
-    while found in taken:
-        count += 1
-        found = f"{name}-{count}"
-    return found
+    """The name of an adapter with that content; a second one of the same content is `…-2`."""
+    return ids.fresh(f"{PREFIX}{digest[:_DIGITS]}", taken)

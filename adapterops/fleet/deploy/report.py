@@ -57,6 +57,11 @@ class TenantError:
     worst: tuple[str, float]
     measured: float | None
 
+    @property
+    def counted(self) -> float:
+        """The error in the plan's metric, which is held against the bound."""
+        return self.error if self.measured is None else self.measured
+
 
 @dataclass(frozen=True, slots=True)
 class GpuBytes:

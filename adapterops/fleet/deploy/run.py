@@ -84,11 +84,17 @@ def _report(
     served: dict[str, str | None] = {**named, **dict.fromkeys(based)}
     shared = frozenset({*done.sharing(), *based})
     found = routes.routes(engine.name, options.served_base, served, shared, folder, known.previous)
-    mine = {name: item for name, item in plan.served.items() if name not in known.wrong}
+    mine = {name: item for name, item in plan.served.items() if name not in left}
     cost = figures.cost(mine, engine, known.index, known.shapes, options.max_loras, done)
     warnings += [cost.note] if cost.note else []
     if left:
         warnings.append(f"{len(left)} tenants are routed nowhere: {checks.some(left)}")
+    wild = [tenant for tenant in served if "*" in tenant]
+    if wild:
+        warnings.append(
+            f"in {routes.ROUTER} a * in a name ({checks.some(wild)}) answers for other names too; "
+            "call these tenants otherwise"
+        )
     if options.strict and warnings:
         raise IncompatibleError(f"--strict: {warnings[0]}")
 

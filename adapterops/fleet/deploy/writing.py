@@ -68,20 +68,25 @@ def write_all(
     allow_pickle: bool,
     progress: Progress | None,
 ) -> Written:
-    """Write `chosen` below `root`, in this order; with None only say what they would be.
+    """Write `chosen` below `root`; with None only say what they would be.
 
     `places` are their paths or URIs by id. Tenants of one that the engine cannot serve are left
-    out with the reason. Raises IncompatibleError for a file that is not what was planned, and
-    whatever reading one raises.
+    out with the reason, and so are those of one whose modules have other shapes than in adapters
+    before it, those that name a base first: it is of another model. Raises IncompatibleError for a
+    file that is not what was planned, and whatever reading one raises.
     """
-    result, taken = Written(), set[str]()
-    for count, rep in enumerate(chosen):
+    result, taken, shapes = Written(), set[str](), dict[str, tuple[int, int]]()
+    for count, rep in enumerate(sorted(chosen, key=lambda rep: not rep.base)):
         if progress:
             progress("adapters", count, len(chosen))
         staged = None if root is None else root / f"{names.PREFIX}new"
         try:
             with opened(places[rep.id], allow_pickle) as file:
                 check_content(rep, content_of(file))
+                stem = _unlike(file, shapes)
+                if stem is not None:
+                    result.left |= dict.fromkeys(rep.members, _other(file, stem, shapes))
+                    continue
                 label = rep.content[:_DIGITS] or "representative"
                 try:
                     found = form(file, label, staged, terms, on)
@@ -100,6 +105,7 @@ def write_all(
             result.digests[rep.id] = digest
         traffic = sum(plan.served[tenant].traffic for tenant in rep.members)
         result.forms[rep.id] = found
+        shapes |= found.shapes
         result.adapters.append(
             Deployed(
                 name,
@@ -119,7 +125,24 @@ def write_all(
             result.notes[rule] = (before[0] + 1, before[1])
     if progress:
         progress("adapters", len(chosen), len(chosen))
+    order = {rep.id: place for place, rep in enumerate(chosen)}
+    result.adapters.sort(key=lambda item: order[item.id])
     return result
+
+
+def _unlike(file: AdapterFile, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+    """The first module whose shape is not what other adapters of the deployment say."""
+    sites = file.sites.items()
+    return next((stem for stem, site in sites if shapes.get(stem, site.shape) != site.shape), None)
+
+
+def _other(file: AdapterFile, stem: str, shapes: Mapping[str, tuple[int, int]]) -> str:
+    (out, into), (rows, columns) = file.sites[stem].shape, shapes[stem]
+    return (
+        f"module {stem}: has out={out}, in={into}, other adapters of this deployment have "
+        f"out={rows}, in={columns}: they are of two base models; name them with cluster "
+        "--base-alias, or index them apart"
+    )
 
 
 @contextmanager
