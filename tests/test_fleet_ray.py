@@ -91,25 +91,17 @@ def killer(
 ) -> Iterator[Callable[[], None]]:
     """Arm it, and a node is killed when the first result of the next run arrives."""
     armed: list[Any] = []
-    killed: list[Any] = []
     real = ray_run._result
 
     def result(*given: Any) -> Any:
         found = real(*given)
-        if armed:
-            killed.append(armed.pop())
-            cluster.remove_node(killed[-1], allow_graceful=False)
+        while armed:
+            cluster.remove_node(armed.pop(), allow_graceful=False)
         return found
 
     monkeypatch.setattr(ray_run, "_result", result)
-    count = []
-
-    def arm() -> None:
-        armed.append(nodes[len(count) % 2])
-        count.append(1)
-
-    yield arm
-    assert len(killed) == len(count)
+    yield lambda: armed.append(nodes[0])
+    assert not armed
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +197,18 @@ class TestMap:
             assert next(results) == 0
             with pytest.raises(AdapterOpsError, match=r"lost 2 times.*, on 1; was a node out"):
                 next(results)
+
+    def test_a_cluster_that_lost_all_its_nodes(
+        self, cluster: Any, nodes: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ray_run, "_PATIENCE", 3.0)
+        with ray_run.joined() as spread:
+            results = spread(ray_work.node, range(40))
+            next(results)
+            for node in nodes:
+                cluster.remove_node(node, allow_graceful=False)
+            with pytest.raises(AdapterOpsError, match="had no processor for 3 s; are all"):
+                list(results)
 
     def test_errors_come_at_their_place(self, nodes: list[Any]) -> None:
         with ray_run.joined() as spread:
@@ -340,7 +344,6 @@ class TestFleets:
         found, expected = written(tmp_path / "there"), written(tmp_path / "here")
         assert found.keys() == expected.keys()
         assert [name for name in found if found[name] != expected[name]] == []
-        killer()
         dry = ao.cluster(fleet, out=tmp_path / "dry", runner="ray", dry_run=True, **options)
         assert said(dry.to_dict()) == said(here.to_dict())
         assert {path.name for path in tmp_path.iterdir()} <= {"here", "there", "inputs"}

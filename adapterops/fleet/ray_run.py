@@ -40,6 +40,7 @@ _QUEUED = 2  # tasks in flight for each processor, so that none waits for the dr
 _AHEAD = 8  # tasks for each processor that are in flight or wait for an earlier one
 _ANSWER = 5.0  # seconds for a cluster to take a connection
 _LOOK = 2.0  # seconds between looks at the cluster's size, which may change
+_PATIENCE = 300.0  # seconds for a cluster that has lost its last processor to get another
 _GRACE = 5.0  # seconds that cancelled tasks have to remove what they were writing
 
 
@@ -159,8 +160,9 @@ def ordered_map(
 
     try:
         while more or flying or done:
-            while more and len(flying) < (room := width.now() * _QUEUED):
-                if len(flying) + len(done) >= room * _AHEAD // _QUEUED:
+            wide = width.now()
+            while more and len(flying) < wide * _QUEUED:
+                if len(flying) + len(done) >= wide * _AHEAD:
                     break
                 if (following := next(todo, None)) is None:
                     more = False
@@ -188,14 +190,22 @@ class _Width:
 
     def __init__(self, ray: Any, jobs: int | None) -> None:
         self._ray, self._jobs = ray, jobs
-        self._value, self._until = 1, 0.0
+        self._value, self._until, self._seen = 1, 0.0, time.monotonic()
 
     def now(self) -> int:
-        """The number now."""
-        if time.monotonic() >= self._until:
-            there = int(self._ray.cluster_resources().get("CPU", 1))
+        """The number now. Raises AdapterOpsError where there was none for `_PATIENCE`."""
+        now = time.monotonic()
+        if now >= self._until:
+            there = int(self._ray.cluster_resources().get("CPU", 0))
             self._value = max(1, there if self._jobs is None else min(there, self._jobs))
-            self._until = time.monotonic() + _LOOK
+            self._until = now + _LOOK
+            if there:
+                self._seen = now
+            elif now - self._seen > _PATIENCE:
+                raise AdapterOpsError(
+                    f"the Ray cluster had no processor for {_PATIENCE:.0f} s",
+                    hint="are all its nodes lost? `ray status` says",
+                )
         return self._value
 
 

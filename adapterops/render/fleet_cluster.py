@@ -51,7 +51,7 @@ def _groups(report: ClusterReport, verbose: bool) -> Any:
     shown = report.groups if verbose else report.groups[:_GROUPS]
     more = len(report.groups) - len(shown)
     title = f"largest groups ({more} more)" if more else "groups"
-    table = grid(title, "tenants", "served by", "rank", "error", "foreign", "why")
+    table = grid(title, "tenants", "served by", "rank", "error", "foreign")
     for group in shown:
         names = ", ".join(map(safe, group.members[:2]))
         others = f", … {len(group.members) - 2} more" if len(group.members) > 2 else ""
@@ -62,14 +62,18 @@ def _groups(report: ClusterReport, verbose: bool) -> Any:
             str(group.rank),
             percent(group.largest),
             percent(group.foreign),
-            safe(group.reason),
         )
     return table
 
 
 def _pareto(report: ClusterReport) -> Any:
-    table = grid("if all might share (estimated)", "adapters", "largest error", "mean", "foreign")
+    title = "if all might share, by originals (estimated)"
+    table = grid(title, "adapters", "largest error", "mean", "foreign")
+    seen = set()
     for point in report.pareto:
+        if point.adapters in seen:
+            continue
+        seen.add(point.adapters)
         table.add_row(
             f"--max-error {point.max_error:g}",
             str(point.adapters),
@@ -81,6 +85,8 @@ def _pareto(report: ClusterReport) -> Any:
 
 
 def _print_rest(console: Any, report: ClusterReport, verbose: bool) -> None:
+    for group in report.groups if verbose else ():
+        console.print(f"{safe(group.id)}: {safe(group.reason)}")
     for reason, number in report.alone.items():
         console.print(f"{count(number, 'tenant')} alone: {safe(reason)}")
     if report.excluded:
@@ -95,8 +101,9 @@ def _print_rest(console: Any, report: ClusterReport, verbose: bool) -> None:
         )
     if report.related:
         console.print(
-            f"{count(len(report.related), 'related group')} at a false discovery rate of "
-            f"{report.discovery:g}: candidates for training together, not for sharing as they are"
+            f"{count(len(report.related), 'related group')}, of pairs that stand out at a nominal "
+            f"false discovery rate of {report.discovery:g}: candidates for training together, not "
+            "for sharing as they are"
         )
     for note in report.notes:
         console.print(f"note: {safe(note)}")
