@@ -38,6 +38,7 @@ def smollm2(tmp_path_factory):
 def place(tmp_path, monkeypatch):
     """The example adapters, and the program on PATH."""
     shutil.copytree(ROOT / "examples" / "adapters", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "examples" / "fleet" / "adapters", tmp_path / "tenants")
     program = tmp_path / "bin" / "adapterops"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m adapterops "$@"\n')

@@ -58,7 +58,7 @@ def _groups(report: ClusterReport, verbose: bool) -> Any:
         table.add_row(
             names + others,
             str(len(group.members)),
-            f"{group.kind} {safe(group.id)}",
+            group.kind,
             str(group.rank),
             percent(group.largest),
             percent(group.foreign),
@@ -85,8 +85,8 @@ def _pareto(report: ClusterReport) -> Any:
 
 
 def _print_rest(console: Any, report: ClusterReport, verbose: bool) -> None:
-    for group in report.groups if verbose else ():
-        console.print(f"{safe(group.id)}: {safe(group.reason)}")
+    for shared in report.groups if verbose else ():
+        console.print(f"{safe(shared.members[0])}, … by {safe(shared.id)}: {safe(shared.reason)}")
     for reason, number in report.alone.items():
         console.print(f"{count(number, 'tenant')} alone: {safe(reason)}")
     if report.excluded:
