@@ -394,16 +394,27 @@ def test_given_memory_is_written_as_it_is_wherever_it_lies(size, folder):
         assert path.read_bytes() == data
 
 
+def address(data: memoryview) -> int:
+    return int(np.frombuffer(data, np.uint8).ctypes.data)
+
+
 def test_aligned_memory_is_written_without_a_copy(tmp_path, monkeypatch):
     """From its own address, from the first whole block of the file to the last."""
     seen = []
-    real = os.pwrite
+    single, several = os.pwrite, os.pwritev
 
     def recorded(descriptor: int, data: memoryview, offset: int) -> int:
-        seen.append((np.frombuffer(data, np.uint8).ctypes.data, offset, len(data)))
-        return real(descriptor, data, offset)
+        seen.append((address(data), offset, len(data)))
+        return single(descriptor, data, offset)
+
+    def together(descriptor: int, parts: list[memoryview], offset: int) -> int:
+        for part in parts:
+            seen.append((address(part), offset, len(part)))
+            offset += len(part)
+        return several(descriptor, parts, offset - sum(map(len, parts)))
 
     monkeypatch.setattr(os, "pwrite", recorded)
+    monkeypatch.setattr(os, "pwritev", together)
     memory = direct.aligned(1 << 20, 104)
     memory[:] = 7
     with SequentialWriter(tmp_path / "a", 104 + len(memory)) as writer:
@@ -412,3 +423,48 @@ def test_aligned_memory_is_written_without_a_copy(tmp_path, monkeypatch):
         writer.finish()
     assert (tmp_path / "a").read_bytes() == bytes(104) + b"\7" * len(memory)
     assert (memory.ctypes.data + 4096 - 104, 4096, (1 << 20) - 4096) in seen
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 20])
+def test_short_writes_of_two_parts_are_continued(blocks, tmp_path, monkeypatch):
+    """Nothing, the first part only, or some of the second."""
+    real, most = os.pwritev, 4096 * blocks
+
+    def short(descriptor: int, parts: list[memoryview], offset: int) -> int:
+        first, more = parts
+        return real(descriptor, [first[:most], more[: max(0, most - len(first))]], offset)
+
+    memory = direct.aligned(200_000, 104)
+    memory[:] = np.random.default_rng(0).integers(0, 256, len(memory), np.uint8)
+    data = bytes(104) + memory.tobytes()
+    monkeypatch.setattr(os, "pwritev", short)
+    with SequentialWriter(tmp_path / "a", len(data)) as writer:
+        writer.append(data[:104])
+        writer.give(memory.data)
+        writer.finish()
+    assert (tmp_path / "a").read_bytes() == data
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EINVAL])
+def test_two_parts_that_are_refused(code, tmp_path, monkeypatch):
+    """A full disk is an error; a file system that takes no such writes gets them one by one."""
+
+    def refusing(descriptor: int, parts: list[memoryview], offset: int) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "pwritev", refusing)
+    memory = direct.aligned(1 << 20, 104)
+    memory[:] = 9
+
+    def write_both() -> None:
+        with SequentialWriter(tmp_path / "a", 104 + len(memory)) as writer:
+            writer.append(bytes(104))
+            writer.give(memory.data)
+            writer.finish()
+
+    if code == errno.ENOSPC:
+        with pytest.raises(FileError, match="disk is full"):
+            write_both()
+    else:
+        write_both()
+        assert (tmp_path / "a").read_bytes() == bytes(104) + memory.tobytes()

@@ -168,12 +168,29 @@ class SequentialWriter:
             buffer, count, more = piece
             if self._error is None:
                 try:
-                    self._write(memoryview(buffer)[:count])
-                    self._write(more)
+                    done = self._together(memoryview(buffer)[:count], more)
+                    self._write(memoryview(buffer)[min(done, count) : count])
+                    self._write(more[max(0, done - count) :])
                 except BaseException as error:  # for the thread that waits for this buffer
                     self._error = error
             del piece, more  # what was given is let go of
             self._empty.put(buffer)
+
+    def _together(self, first: memoryview, more: memoryview) -> int:
+        """Write both at once, for each write of a few blocks waits as long as one of many.
+
+        The result is how many bytes that wrote: what is left is written one after the other.
+        """
+        if not first or not more or not self._direct:
+            return 0
+        try:
+            done = os.pwritev(self._descriptor, [first, more], self._written)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return 0
+        self._written += done
+        return done
 
     def _write(self, view: memoryview) -> None:
         while view:
