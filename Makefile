@@ -20,6 +20,9 @@ test-s3: $(VENV)/dev $(VENV)/s3  ## what reads from an S3 server on loopback
 test-html: $(VENV)/dev  ## a fleet's page in a headless Chromium, which has to be there
 	$(PY) -m pytest -m html
 
+test-ray: $(VENV)/ray  ## what runs on a Ray cluster, simulated here
+	$(VENV)/ray-cluster/bin/python -m pytest tests/test_fleet_ray.py
+
 verify: $(VENV)/dev  ## merge the examples, load the result with PEFT, compare logits with the exact sum
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/verify.sh
 
@@ -67,6 +70,14 @@ $(VENV)/dev: $(VENV)/core
 $(VENV)/s3: $(VENV)/core constraints.txt
 	$(PY) -m venv --clear --without-pip $(VENV)/s3-server
 	$(PY) -m pip --python $(VENV)/s3-server/bin/python install -q localbucket
+	touch $@
+
+# Ray and what it needs lie in an environment on top of the tests' one, which stays as it is.
+$(VENV)/ray: $(VENV)/dev constraints.txt
+	$(PY) -m venv --clear --without-pip $(VENV)/ray-cluster
+	$(PY) -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+	  > "$$($(VENV)/ray-cluster/bin/python -c 'import site; print(site.getsitepackages()[0])')/below.pth"
+	$(PY) -m pip --python $(VENV)/ray-cluster/bin/python install -q ray
 	touch $@
 
 clean:

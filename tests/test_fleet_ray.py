@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,21 @@ class TestOrdinary:
         with pytest.raises(UsageError, match=r"needs Ray.*adapterops\[ray\]"):
             ao.index(tmp_path / "in", out=tmp_path / "fleet", runner="ray")
         assert not (tmp_path / "fleet").exists()
+
+    def test_no_cluster_and_signals_as_before(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def init(**_: Any) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise ConnectionError("Could not find any running Ray instance.\nPlease …")
+
+        fake = SimpleNamespace(is_initialized=lambda: False, init=init)
+        monkeypatch.setitem(sys.modules, "ray", fake)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(UsageError, match=r"Could not find.*instance\.; run on a node"):
+            ao.cluster(tmp_path / "fleet", out=tmp_path / "plan", runner="ray")
+        assert signal.getsignal(signal.SIGTERM) == before
 
     def test_a_runner_that_nobody_knows(self, tmp_path: Path) -> None:
         (tmp_path / "in").mkdir()

@@ -37,7 +37,7 @@ Runner = Literal["threads", "ray"]
 
 _RETRIES, _TRIES = 3, 2
 _QUEUED = 2  # tasks in flight for each processor, so that none waits for the driver
-_AHEAD = 8  # tasks for each processor that are in flight or wait for an earlier one
+_AHEAD = 4  # times as many are in flight or wait for an earlier one
 _ANSWER = 5.0  # seconds for a cluster to take a connection
 _LOOK = 2.0  # seconds between looks at the cluster's size, which may change
 _PATIENCE = 300.0  # seconds for a cluster that has lost its last processor to get another
@@ -160,10 +160,8 @@ def ordered_map(
 
     try:
         while more or flying or done:
-            wide = width.now()
-            while more and len(flying) < wide * _QUEUED:
-                if len(flying) + len(done) >= wide * _AHEAD:
-                    break
+            room, ahead = width.now()
+            while more and len(flying) < room and len(flying) + len(done) < ahead:
                 if (following := next(todo, None)) is None:
                     more = False
                 else:
@@ -186,18 +184,21 @@ def ordered_map(
 
 
 class _Width:
-    """How many tasks run at a time: the cluster's processors, looked at now and then."""
+    """How many tasks may be in flight, by the cluster's processors, looked at now and then."""
 
     def __init__(self, ray: Any, jobs: int | None) -> None:
         self._ray, self._jobs = ray, jobs
         self._value, self._until, self._seen = 1, 0.0, time.monotonic()
 
-    def now(self) -> int:
-        """The number now. Raises AdapterOpsError where there was none for `_PATIENCE`."""
+    def now(self) -> tuple[int, int]:
+        """The number of tasks in flight, and of those with the results that wait, at most.
+
+        Raises AdapterOpsError where there was no processor for `_PATIENCE`.
+        """
         now = time.monotonic()
         if now >= self._until:
             there = int(self._ray.cluster_resources().get("CPU", 0))
-            self._value = max(1, there if self._jobs is None else min(there, self._jobs))
+            self._value = max(1, there)
             self._until = now + _LOOK
             if there:
                 self._seen = now
@@ -206,7 +207,9 @@ class _Width:
                     f"the Ray cluster had no processor for {_PATIENCE:.0f} s",
                     hint="are all its nodes lost? `ray status` says",
                 )
-        return self._value
+        room = self._value * _QUEUED
+        room = room if self._jobs is None else min(room, self._jobs)
+        return room, room * _AHEAD
 
 
 def _result(ray: Any, ref: Any, sent: _Sent) -> Any:
