@@ -534,7 +534,7 @@ class TestReport:
         item = report.tensors[f"{Q}.weight"]
         for name, value in wanted.items():
             size = {"bias": wanted["error"] * wanted["norm"] / W.size, "bias_z": 1.0}.get(name, 0)
-            assert getattr(item, name) == pytest.approx(value, rel=3e-4, abs=1e-3 * size), name
+            assert getattr(item, name) == pytest.approx(value, rel=6e-4, abs=1e-3 * size), name
         total = report.total
         assert total.elements == item.elements == W.size
         for name in ("norm", "gain", "subspace_error", "error", "swallowed", "changed", "bias_z"):

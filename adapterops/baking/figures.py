@@ -1,8 +1,8 @@
 """What became of a change when it was rounded into a weight: sums that add up over blocks.
 
 W is the stored weight, D the change, W′ what was written, E = W′ − W − D. Sums are of elements in
-float32 (relative error about 10⁻⁶), in float64 where W′ is float32 and E no larger than float32's
-own error; elements without a change are not counted.
+float32 (relative error about 10⁻⁶; of ‖E‖² below 10⁻³), in float64 where W′ is float32 and E no
+larger than float32's own error; elements without a change are not counted.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from adapterops.rounding.grid import ulp
 _TILE = 1 << 18  # elements
 _SAMPLED = 64  # every so many rows are counted in units of the last place
 _TINY = 1e-30  # a sum of squares as small as this may lack some that underflowed
-_CANCELLED = 2.0**-10  # times ‖D‖²/√rows: what float32 gets wrong is 10⁻³ of an ‖E‖² like that
+_CANCELLED = 2.0**-9  # times ‖D‖²/√(rows·k): float32 gets 10⁻³ of an ‖E‖² like that wrong
 _NORMAL = 0x0400  # the code of float16's smallest normal number
 
 
@@ -75,7 +75,7 @@ def _projected(
     seen, given = seen.double(), given.double()
     realised, delta2 = _dot(seen, given), _dot(given, given)
     error = squares - 2 * realised + delta2
-    least = _CANCELLED * delta2 / math.sqrt(len(W))
+    least = _CANCELLED * delta2 / math.sqrt(max(1, seen.numel()))
     if not (error > least and delta2 > _TINY and _TINY < squares < np.inf):
         return None
     inside = seen.sub_(given)

@@ -21,7 +21,7 @@ from adapterops.files.source import Source
 from adapterops.rounding.exact import Counts
 from adapterops.stream import Compute, Job, run
 
-_CHUNK = 4 << 20  # bytes of the result that a job makes
+_CHUNK = 3 << 20  # bytes of the result that a job makes
 _FEEDBACK = 2  # times as many rows, where rounding goes column by column
 _TILES = 16 << 20  # bytes of temporaries in a job
 

@@ -19,6 +19,7 @@ from adapterops.stream import Compute, Job, available_memory, available_threads,
 
 Make = Callable[..., Chosen]
 FILE = "adapter.safetensors"  # of a dialect that is no directory
+NAME = "representative"  # as its sidecar says, whatever number it was made under
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +61,10 @@ def averages(
         return
     wide = min(on.threads, len(asked))
     share = replace(on, threads=max(1, on.threads // wide), memory=on.memory // wide)
-    jobs = [
-        Job(each.center.tenant.name, _average, (each, inside / str(n), seed, make, value, share), 0)
-        for n, each in enumerate(asked)
-    ]
+    jobs = []
+    for n, each in enumerate(asked):
+        args = (each, inside / str(n) / NAME, seed, make, value, share)
+        jobs.append(Job(each.center.tenant.name, _average, args, 0))
     with closing(run(jobs, replace(on, threads=wide))) as results:
         yield from results
 
@@ -71,7 +72,7 @@ def averages(
 def _far(inside: Path, seed: int, make: Make, value: Value, item: tuple[int, Asked]) -> Average:
     """`_average` on another machine, in a folder of this attempt alone: it may not be the first."""
     n, asked = item
-    folder = Path(tempfile.mkdtemp(dir=inside)) / str(n)
+    folder = Path(tempfile.mkdtemp(prefix=f"{n}-", dir=inside)) / NAME
     share = available_memory() // available_threads()
     return _average(asked, folder, seed, make, value, Compute("cpu", share, 1))
 
@@ -80,6 +81,7 @@ def _average(
     asked: Asked, folder: Path, seed: int, make: Make, value: Value, on: Compute
 ) -> Average:
     is_folder = asked.center.dialect in DIRECTORIES
+    folder.parent.mkdir(exist_ok=True)
     if not is_folder:
         folder.mkdir()
     made = make(
