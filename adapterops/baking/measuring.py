@@ -166,8 +166,7 @@ def _new_subnormals(W: torch.Tensor, rounded: torch.Tensor) -> int:
     """
     if rounded.dtype != torch.float16 or W.dtype != torch.float16:
         return 0
-    now, was = ((codes(x).cpu().numpy() & 0x7FFF) for x in (rounded, W))
-    small = now < _NORMAL
-    small &= (was >= _NORMAL) | (was == 0)
-    small &= now != 0
-    return int(np.count_nonzero(small))
+    now, was = (codes(x).cpu().numpy().view(np.uint16).ravel() for x in (rounded, W))
+    few = np.flatnonzero((now << 1) < 2 * _NORMAL)  # the sign is shifted out
+    small, before = now[few] << 1, was[few] << 1
+    return int(np.count_nonzero((small != 0) & ((before >= 2 * _NORMAL) | (before == 0))))
