@@ -82,7 +82,7 @@ def test_from_adapters_to_a_plan(fleet, tmp_path):
 def test_what_is_shown_when_nothing_may_be_shared(fleet, tmp_path):
     made = cluster(fleet, "-o", tmp_path / "plan")
     assert "sharing more needs consent" in made.output
-    assert "if all might share (estimated)" in made.output
+    assert "if all might share, by originals (estimated)" in made.output
     assert cluster(fleet, "-o", tmp_path / "q", "--quiet").output == ""
 
 
