@@ -22,7 +22,7 @@ from adapterops.fleet.policy import NEAR_EXACT, Consent
 from adapterops.fleet.sticky import place
 
 CANDIDATES = 3
-_KIND = 3  # parts of a key that are no consent, which is asked of the tenants themselves
+KIND = 3  # parts of a key that are no consent, which is asked of the tenants themselves
 Verify = Callable[[Representative, Sequence[str]], Mapping[str, Error | AdapterOpsError]]
 Representatives = Mapping[str, Representative]
 
@@ -242,7 +242,7 @@ def _offers(
     near = sorted(
         (found.estimate, found.id)
         for among in pool
-        if among.part.key[:_KIND] == item.key[:_KIND]
+        if among.part.key[:KIND] == item.key[:KIND]
         for found in nearest(among, item.signature, limit, usable)
     )
     first = [current] if usable(current) else []

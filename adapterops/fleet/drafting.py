@@ -17,6 +17,7 @@ from adapterops.fleet.averaging import FILE, Asked, Average, Make, averages
 from adapterops.fleet.current import AGAIN, as_it_is
 from adapterops.fleet.exact import Error
 from adapterops.fleet.grouping import Group, Grouped, Value, exact
+from adapterops.fleet.ids import DIGITS, fresh
 from adapterops.fleet.opened import Fleet
 from adapterops.fleet.plan import Metric, Plan, Point, Related, Representative, Served
 from adapterops.fleet.planfile import Sketched
@@ -27,7 +28,6 @@ from adapterops.fleet.types import Array, Record, Signature
 from adapterops.formats.names import DIRECTORIES
 from adapterops.stream import Compute
 
-_DIGITS = 12
 _BASE = "base"
 _DUPLICATES = "duplicates: the same to 0.001 of their change"
 _ALONE = {
@@ -175,11 +175,7 @@ class Draft:
 
     def _fresh_id(self, content: str) -> str:
         """The start of a content's hash, with a number where private duplicates share it."""
-        wanted, number, found = content[:_DIGITS], 1, content[:_DIGITS]
-        while found in self._reps:
-            number += 1
-            found = f"{wanted}-{number}"
-        return found
+        return fresh(content[:DIGITS], self._reps)
 
     def _serve(self, record: Record, id: str, error: Error, reason: str) -> None:
         self.served[record.tenant.name] = Served(

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adapterops.errors import AdapterOpsError
+from adapterops.fleet.assign import CANDIDATES, KIND
 from adapterops.fleet.exact import Error
 from adapterops.fleet.grouping import Compare, Grouped, Value, exact, fits
+from adapterops.fleet.ids import DIGITS
 from adapterops.fleet.nearest import nearest, searched
 from adapterops.fleet.opened import Fleet
 from adapterops.fleet.partition import Partition
@@ -22,9 +24,6 @@ from adapterops.fleet.planfile import Sketched, located, read_sketches
 from adapterops.fleet.policy import Consent
 from adapterops.fleet.sticky import exchanges, offers_of, place, survivors
 from adapterops.fleet.types import Record
-
-_CANDIDATES = 3
-_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,7 @@ def _near(
     pool = [searched(part) for part in read_sketches(folder)]
     found = {}
     for part in parts:
-        among = [one for one in pool if one.part.key[:3] == part.key[:3]]
+        among = [one for one in pool if one.part.key[:KIND] == part.key[:KIND]]
         for record, signature in zip(part.records, fleet.signatures(part.records), strict=True):
             name = record.tenant.name
             if consent.policy.rule(name).private:
@@ -119,7 +118,7 @@ def _near(
                 hit for one in among for hit in nearest(one, signature, limit, kept.__contains__)
             ]
             hits.sort(key=lambda hit: (hit.estimate, hit.id))
-            found[name] = [hit.id for hit in hits[:_CANDIDATES]]
+            found[name] = [hit.id for hit in hits[:CANDIDATES]]
     return found
 
 
@@ -136,11 +135,11 @@ def exchanged(
     """
     before = {name: item.by for name, item in previous.served.items()}
     sticky = {name: one.representative.id for one in stayed for name in one.errors}
-    sticky |= {record.tenant.name: record.content[:_DIGITS] for record in alone}
+    sticky |= {record.tenant.name: record.content[:DIGITS] for record in alone}
     other: dict[str, str] = {}
     for grouped, nodes in fresh:
         for group in grouped.groups:
-            label = nodes[group.center][0].content[:_DIGITS]
+            label = nodes[group.center][0].content[:DIGITS]
             for node in group.errors:
                 other |= {record.tenant.name: label for record in nodes[node]}
     common = sticky.keys() & other.keys()
