@@ -19,7 +19,7 @@ def test_files_that_were_not_read_have_ids_of_their_own(tmp_path):
     other = dataclasses.replace(record, tenant=Tenant("b", "b", "b"))
     fleet = Fleet("f", 0, (record, other), (), frozenset(), frozenset(), {}, {}, {})
     draft = Draft(fleet, Consent(), tmp_path, "representatives")
-    draft.add_others(strict=False)
+    draft.add_others((), strict=False)
     assert {name: item.by for name, item in draft.served.items()} == {
         "a": "unread",
         "b": "unread-2",
