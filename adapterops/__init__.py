@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from adapterops.difference.report import DiffReport
     from adapterops.errors import AdapterOpsError
     from adapterops.factors import Factors
-    from adapterops.fleet.assigning import AssignReport
     from adapterops.fleet.deploy.report import DeployReport
-    from adapterops.fleet.index_report import IndexReport
-    from adapterops.fleet.outcome import ClusterReport
-    from adapterops.fleet.summary import FleetReport
+    from adapterops.fleet.indexing.report import IndexReport
+    from adapterops.fleet.plans.outcome import ClusterReport
+    from adapterops.fleet.replanning.assigning import AssignReport
+    from adapterops.fleet.summary.served import FleetReport
     from adapterops.inspection.report import Inspection
     from adapterops.judging.report import DriftReport
     from adapterops.undoing.restoring import UnbakeReport
@@ -47,17 +47,17 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Adapter": "adapterops.adapter",
     "AdapterOpsError": "adapterops.errors",
-    "AssignReport": "adapterops.fleet.assigning",
+    "AssignReport": "adapterops.fleet.replanning.assigning",
     "BakeReport": "adapterops.baking.report",
     "CheckReport": "adapterops.checking.report",
-    "ClusterReport": "adapterops.fleet.outcome",
+    "ClusterReport": "adapterops.fleet.plans.outcome",
     "DeployReport": "adapterops.fleet.deploy.report",
     "DiffReport": "adapterops.difference.report",
     "DriftReport": "adapterops.judging.report",
     "Factors": "adapterops.factors",
     "Finding": "adapterops.checking.findings",
-    "FleetReport": "adapterops.fleet.summary",
-    "IndexReport": "adapterops.fleet.index_report",
+    "FleetReport": "adapterops.fleet.summary.served",
+    "IndexReport": "adapterops.fleet.indexing.report",
     "Inspection": "adapterops.inspection.report",
     "ModuleReport": "adapterops.certificate",
     "PlanReport": "adapterops.certificate",

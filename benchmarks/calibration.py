@@ -44,7 +44,7 @@ from train_fleet import load_domain, runs  # noqa: E402
 
 import adapterops as ao  # noqa: E402
 from adapterops import geometry  # noqa: E402
-from adapterops.fleet.minimax import members, minimax  # noqa: E402
+from adapterops.fleet.representing.minimax import members, minimax  # noqa: E402
 
 RESULT = harness.RESULTS / "calibration" / "smollm2.json"
 PLOT = FLEET / "calibration.png"

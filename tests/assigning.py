@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterops.files.output import stage
-from adapterops.fleet.joining import Added, Newcomer, joined, singleton, sketch_of
-from adapterops.fleet.newcomers import partition_key
-from adapterops.fleet.plan import Plan, Served
-from adapterops.fleet.planfile import write_plan
-from adapterops.fleet.policy import Consent
-from adapterops.fleet.signature import signature
+from adapterops.fleet.consent.policy import Consent
+from adapterops.fleet.plans.plan import Plan, Served
+from adapterops.fleet.plans.planfile import write_plan
+from adapterops.fleet.replanning.joining import Added, Newcomer, joined, singleton, sketch_of
+from adapterops.fleet.replanning.newcomers import partition_key
+from adapterops.fleet.signing.signature import signature
 from adapterops.fleet.types import Tenant
 
 SEED = 7

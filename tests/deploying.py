@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from adapterops.files.output import stage
-from adapterops.fleet.exact import compare
-from adapterops.fleet.plan import Kind, Plan, Representative, Served
-from adapterops.fleet.planfile import write_plan
-from adapterops.fleet.signature import signature
-from adapterops.fleet.store import Store
+from adapterops.fleet.indexing.store import Store
+from adapterops.fleet.plans.plan import Kind, Plan, Representative, Served
+from adapterops.fleet.plans.planfile import write_plan
+from adapterops.fleet.signing.signature import signature
 from adapterops.fleet.types import Tenant
+from adapterops.fleet.verifying.exact import compare
 from tests.support import Pairs, pairs, write_peft
 
 BASE = "org/tiny"

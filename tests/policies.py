@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from adapterops.fleet.policy import Consent, Policy, Rule
+from adapterops.fleet.consent.policy import Consent, Policy, Rule
 
 NAMES = [f"t{index}" for index in range(7)]
 GROUPS = ["", "red", "blue"]

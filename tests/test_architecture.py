@@ -34,10 +34,23 @@ LAYERS = [
     {"cli"},
 ]
 
+# The same within fleet/, where a package may import from itself and from those before it.
+FLEET = [
+    {"", "types", "ray_run"},
+    {"consent", "signing", "tenants", "verifying"},
+    {"indexing", "plans"},
+    {"deploy", "grouping", "relating"},
+    {"replanning", "representing", "summary"},
+    {"planning"},
+]
 
-def layer_of(module: str) -> int:
-    head = [*module.split("."), ""][1]
-    return next(index for index, names in enumerate(LAYERS) if head in names)
+
+def layer_of(module: str) -> tuple[int, int]:
+    _, head, sub = [*module.split("."), "", ""][:3]
+    outer = next(index for index, names in enumerate(LAYERS) if head in names)
+    if head != "fleet":
+        return outer, 0
+    return outer, next(index for index, names in enumerate(FLEET) if sub in names)
 
 
 def imports(path: Path) -> set[str]:

@@ -18,9 +18,9 @@ from adapterops.errors import (
     UnsupportedError,
     UsageError,
 )
-from adapterops.fleet.plandiff import diff
-from adapterops.fleet.planfile import read_plan, read_sketches
-from adapterops.fleet.replanning import hint
+from adapterops.fleet.plans.plandiff import diff
+from adapterops.fleet.plans.planfile import read_plan, read_sketches
+from adapterops.fleet.replanning.drifted import hint
 from tests.assigning import KINDS, assigned, centres, named, write_plan_of
 from tests.planted import Fleet, plant
 from tests.support import pairs, write_peft

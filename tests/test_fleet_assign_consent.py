@@ -13,15 +13,15 @@ import adapterops as ao
 from adapterops.errors import (
     IncompatibleError,
 )
-from adapterops.fleet.assign import assign
-from adapterops.fleet.exact import Error
-from adapterops.fleet.joining import Newcomer
-from adapterops.fleet.newcomers import partition_key
-from adapterops.fleet.plan import Plan
-from adapterops.fleet.planfile import read_plan
-from adapterops.fleet.policy import Consent, Rule, policy_from
-from adapterops.fleet.standing import check_consent
+from adapterops.fleet.consent.policy import Consent, Rule, policy_from
+from adapterops.fleet.plans.plan import Plan
+from adapterops.fleet.plans.planfile import read_plan
+from adapterops.fleet.plans.standing import check_consent
+from adapterops.fleet.replanning.assign import assign
+from adapterops.fleet.replanning.joining import Newcomer
+from adapterops.fleet.replanning.newcomers import partition_key
 from adapterops.fleet.types import Layout, Signature, Tenant
+from adapterops.fleet.verifying.exact import Error
 from tests.assigning import KINDS, SEED, assigned, centres, named, write_plan_of
 from tests.planted import Fleet, plant
 from tests.policies import CONSENTS, NAMES

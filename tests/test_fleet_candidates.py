@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from adapterops.errors import MemoryLimitError
-from adapterops.fleet import candidates
-from adapterops.fleet.candidates import edges
-from adapterops.fleet.graph import Candidates
-from adapterops.fleet.sketch import deviation, sides, sketch
+from adapterops.fleet.grouping import candidates
+from adapterops.fleet.grouping.candidates import edges
+from adapterops.fleet.grouping.graph import Candidates
+from adapterops.fleet.signing.sketch import deviation, sides, sketch
 from adapterops.stream import Compute
 
 MODULES, SHAPE, RANK, SIDE = 12, (32, 24), 3, 8

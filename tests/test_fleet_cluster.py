@@ -22,10 +22,10 @@ from adapterops.errors import (
     FormatError,
     UsageError,
 )
-from adapterops.fleet import averaging
-from adapterops.fleet.plan import Plan, Representative
-from adapterops.fleet.planfile import read_plan, read_sketches
-from adapterops.fleet.policy import Consent, read_policy
+from adapterops.fleet.consent.policy import Consent, read_policy
+from adapterops.fleet.plans.plan import Plan, Representative
+from adapterops.fleet.plans.planfile import read_plan, read_sketches
+from adapterops.fleet.representing import averaging
 from tests.planted import Fleet, adjusted_rand, plant
 from tests.planted_files import read, write
 from tests.policies import CONSENTS, NAMES

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 import adapterops as ao
 from adapterops.cli import app
 from adapterops.errors import AdapterOpsError
-from adapterops.fleet.planfile import read_plan
+from adapterops.fleet.plans.planfile import read_plan
 from tests.planted import plant
 
 ROOT = Path(__file__).parent.parent

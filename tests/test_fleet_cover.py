@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterops.errors import BudgetError
-from adapterops.fleet.cover import Group, for_budget, greedy_cover
-from adapterops.fleet.graph import Candidates, graph
-from adapterops.fleet.outlook import GRID, pareto
+from adapterops.fleet.grouping.cover import Group, for_budget, greedy_cover
+from adapterops.fleet.grouping.graph import Candidates, graph
+from adapterops.fleet.grouping.outlook import GRID, pareto
 
 
 def made(count: int, edges: dict[tuple[int, int], float]) -> Candidates:

@@ -17,7 +17,7 @@ import pytest
 
 import adapterops as ao
 from adapterops.errors import FileError
-from adapterops.fleet.store import open_fleet
+from adapterops.fleet.indexing.store import open_fleet
 from tests.support import pairs, write_peft
 from tests.test_fleet_store import content
 
@@ -43,7 +43,11 @@ DRIVER = f"""
 import os, shutil, signal, sys, time
 from pathlib import Path
 import adapterops as ao
-from adapterops.fleet import index, looking, merging, schema, store
+from adapterops.fleet.indexing import index
+from adapterops.fleet.indexing import looking
+from adapterops.fleet.indexing import merging
+from adapterops.fleet.indexing import schema
+from adapterops.fleet.indexing import store
 index.ROWS = store.ROWS = merging.ROWS = {BATCH}
 made, out, log = map(Path, sys.argv[1:4])
 real = looking.signature
@@ -207,7 +211,7 @@ def test_an_interruption_keeps_what_is_done_and_says_how_to_go_on(number, made, 
 
 def test_a_full_disk_keeps_what_is_done(made, tmp_path, monkeypatch):
     source, expected = made
-    monkeypatch.setattr("adapterops.fleet.index.ROWS", BATCH)
+    monkeypatch.setattr("adapterops.fleet.indexing.index.ROWS", BATCH)
     real: Any = os.pwrite
 
     def full(descriptor: int, data: Any, offset: int) -> int:

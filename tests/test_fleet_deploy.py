@@ -17,12 +17,12 @@ from safetensors.numpy import save_file
 import adapterops
 from adapterops.activations import write_activations
 from adapterops.errors import BudgetError, FileError, FormatError, IncompatibleError, UsageError
+from adapterops.fleet.consent.policy import Consent
 from adapterops.fleet.deploy import names, verify
 from adapterops.fleet.deploy.flags import cached
-from adapterops.fleet.plan import Served
-from adapterops.fleet.policy import Consent
-from adapterops.fleet.signature import signature
-from adapterops.fleet.store import Store
+from adapterops.fleet.indexing.store import Store
+from adapterops.fleet.plans.plan import Served
+from adapterops.fleet.signing.signature import signature
 from adapterops.fleet.types import Tenant
 from adapterops.formats import open_adapter_file
 from adapterops.serving import ENGINES, gpu_bytes, judge

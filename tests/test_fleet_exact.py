@@ -15,9 +15,9 @@ import pytest
 from adapterops.activations import open_activations, write_activations
 from adapterops.errors import AdapterOpsError, IncompatibleError, NumericsError, UnsupportedError
 from adapterops.files.remote import located
-from adapterops.fleet import held, opening
-from adapterops.fleet.exact import Error, compare, compare_groups, compare_many
-from adapterops.fleet.opening import Opener
+from adapterops.fleet.verifying import held, opening
+from adapterops.fleet.verifying.exact import Error, compare, compare_groups, compare_many
+from adapterops.fleet.verifying.opening import Opener
 from adapterops.stream import Compute
 from tests.support import pairs, write_kohya, write_peft
 

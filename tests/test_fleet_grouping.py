@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from adapterops.errors import AdapterOpsError, FormatError
-from adapterops.fleet.exact import Error, Result
-from adapterops.fleet.graph import graph
-from adapterops.fleet.grouping import Group, Node, verified_groups
+from adapterops.fleet.grouping.graph import graph
+from adapterops.fleet.grouping.groups import Group, Node, verified_groups
 from adapterops.fleet.types import Record, Tenant
+from adapterops.fleet.verifying.exact import Error, Result
 
 
 def node(number: int) -> Node:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from adapterops.fleet.drafting import Draft
-from adapterops.fleet.ids import fresh
-from adapterops.fleet.opened import Fleet
-from adapterops.fleet.policy import Consent
+from adapterops.fleet.consent.policy import Consent
+from adapterops.fleet.indexing.opened import Fleet
+from adapterops.fleet.planning.drafting import Draft
+from adapterops.fleet.plans.ids import fresh
 from adapterops.fleet.types import Record, Tenant
 
 

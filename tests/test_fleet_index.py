@@ -24,9 +24,9 @@ from adapterops.errors import (
     UsageError,
 )
 from adapterops.files.source import LocalFile
-from adapterops.fleet import index as index_module
-from adapterops.fleet import looking
-from adapterops.fleet.store import Store, open_fleet
+from adapterops.fleet.indexing import index as index_module
+from adapterops.fleet.indexing import looking
+from adapterops.fleet.indexing.store import Store, open_fleet
 from tests.support import pairs, write_peft
 from tests.test_fleet_store import content
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from adapterops.fleet.nearest import nearest, searched
-from adapterops.fleet.planfile import Sketched
+from adapterops.fleet.plans.planfile import Sketched
+from adapterops.fleet.replanning.nearest import nearest, searched
 from adapterops.fleet.types import Layout, Signature
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from adapterops.errors import FileError, FormatError
-from adapterops.fleet.aliases import read_aliases
-from adapterops.fleet.partition import partitions
-from adapterops.fleet.policy import Consent, policy_from
+from adapterops.fleet.consent.policy import Consent, policy_from
+from adapterops.fleet.grouping.aliases import read_aliases
+from adapterops.fleet.grouping.partition import partitions
 from adapterops.fleet.types import Layout, Record, Status, Tenant
 
 Q, V, OUT = ("q", (8, 8)), ("v", (4, 8)), ("o", (8, 8))

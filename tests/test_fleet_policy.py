@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapterops.errors import FileError, FormatError, IncompatibleError, UsageError
-from adapterops.fleet.policy import (
+from adapterops.fleet.consent.policy import (
     NEAR_EXACT,
     Consent,
     Policy,

@@ -31,8 +31,9 @@ from adapterops.errors import (
     Interrupted,
     UsageError,
 )
-from adapterops.fleet import exact, ray_run
-from adapterops.fleet.exact import compare_groups
+from adapterops.fleet import ray_run
+from adapterops.fleet.verifying import exact
+from adapterops.fleet.verifying.exact import compare_groups
 from adapterops.stream import Compute
 from tests import ray_work
 from tests.planted import SHAPES, plant

@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from adapterops.fleet import background, related
-from adapterops.fleet.related import cliques, discover
+from adapterops.fleet.relating import background, related
+from adapterops.fleet.relating.related import cliques, discover
 from adapterops.stream import Compute
 
 ON = Compute(threads=1)

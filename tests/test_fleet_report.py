@@ -15,10 +15,10 @@ import pytest
 
 import adapterops
 from adapterops.errors import FileError, OutputExistsError, UsageError
-from adapterops.fleet.opened import open_fleet
-from adapterops.fleet.planfile import read_plan
-from adapterops.fleet.summary import FATES, summary
-from adapterops.fleet.summary_map import similarity
+from adapterops.fleet.indexing.opened import open_fleet
+from adapterops.fleet.plans.planfile import read_plan
+from adapterops.fleet.summary.map import similarity
+from adapterops.fleet.summary.served import FATES, summary
 from adapterops.render import fleet_charts, fleet_html, fleet_markdown, fleet_report, markup
 from adapterops.render.text import printable
 from adapterops.serving import ENGINES
@@ -280,7 +280,7 @@ def test_names_are_inert(report, form):
 
 
 def _related():
-    from adapterops.fleet.plan import Related
+    from adapterops.fleet.plans.plan import Related
 
     return Related("outputs", (), (0.3, 0.4))
 

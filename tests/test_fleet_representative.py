@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from adapterops.errors import AdapterOpsError, OutputExistsError
-from adapterops.fleet import minimax
-from adapterops.fleet.exact import Error
-from adapterops.fleet.representative import Chosen, choose
+from adapterops.fleet.representing import minimax
+from adapterops.fleet.representing.representative import Chosen, choose
 from adapterops.fleet.types import Record, Tenant
+from adapterops.fleet.verifying.exact import Error
 from adapterops.formats import open_adapter_file
 from adapterops.stream import Compute
 from tests.support import (

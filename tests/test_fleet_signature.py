@@ -20,10 +20,10 @@ from safetensors.torch import save_file as save_tensors
 
 import adapterops as ao
 from adapterops.files.source import LocalFile
-from adapterops.fleet import sketch as sk
-from adapterops.fleet.signature import signature
+from adapterops.fleet.signing import sketch as sk
+from adapterops.fleet.signing.signature import signature
+from adapterops.fleet.signing.widening import codes, widened
 from adapterops.fleet.types import Signature
-from adapterops.fleet.widening import codes, widened
 from tests import hostile
 from tests.kinds import KINDS, Kind, read, write
 from tests.support import pairs, write_peft
@@ -138,7 +138,7 @@ def test_finishing_module_by_module_changes_nothing(
     shapes = {f"layers.{i}.up_proj": (900, 700) for i in range(10)}
     path = write_peft(tmp_path / "a", pairs(0, shapes, 60))
     wanted = signed(path)
-    monkeypatch.setattr("adapterops.fleet.signature._HELD", 0)
+    monkeypatch.setattr("adapterops.fleet.signing.signature._HELD", 0)
     found = signed(path)
     assert found.layout == wanted.layout and found.needed == wanted.needed
     for name in ("norms", "sketch", "outputs", "start"):
@@ -517,13 +517,13 @@ def test_a_defect_of_ours_does_not_end_a_run(
     def fails(*arguments: Any) -> None:
         raise ValueError("as no file should")
 
-    monkeypatch.setattr("adapterops.fleet.signature.content_hash", fails)
+    monkeypatch.setattr("adapterops.fleet.signing.signature.content_hash", fails)
     found = signature(str(plain(tmp_path / "a")), SEED)
     assert (found.status, found.base) == ("broken", "tiny/base")
     assert found.reason == "cannot be read (ValueError: as no file should)"
     for error in (MemoryError, KeyboardInterrupt):
         monkeypatch.setattr(
-            "adapterops.fleet.signature.content_hash",
+            "adapterops.fleet.signing.signature.content_hash",
             lambda *_, error=error: (_ for _ in ()).throw(error),
         )
         with pytest.raises(error):

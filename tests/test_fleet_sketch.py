@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from adapterops.fleet import sketch as sk
+from adapterops.fleet.signing import sketch as sk
 
 SHAPE = (40, 56)
 DRAWS = 1500

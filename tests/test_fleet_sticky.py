@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterops.fleet.plan import Plan, Representative, Served
-from adapterops.fleet.plandiff import diff
-from adapterops.fleet.policy import Consent, policy_from
-from adapterops.fleet.sticky import exchanges, offers_of, place, survivors
+from adapterops.fleet.consent.policy import Consent, policy_from
+from adapterops.fleet.plans.plan import Plan, Representative, Served
+from adapterops.fleet.plans.plandiff import diff
+from adapterops.fleet.replanning.sticky import exchanges, offers_of, place, survivors
 from adapterops.render.fleet_diff import changes
 
 

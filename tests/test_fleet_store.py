@@ -18,10 +18,10 @@ from adapterops.errors import (
     IncompatibleError,
     OutputExistsError,
 )
-from adapterops.fleet import chunks, schema
-from adapterops.fleet.chunks import Arrays, open_chunk, write_chunk
-from adapterops.fleet.lineage import components
-from adapterops.fleet.store import Store, open_fleet
+from adapterops.fleet.indexing import chunks, schema
+from adapterops.fleet.indexing.chunks import Arrays, open_chunk, write_chunk
+from adapterops.fleet.indexing.lineage import components
+from adapterops.fleet.indexing.store import Store, open_fleet
 from adapterops.fleet.types import Layout, Signature, Tenant
 
 STEMS = ("m.0.q", "m.1.q", "m.2.v")
@@ -265,7 +265,7 @@ def test_a_second_writer_is_refused(tmp_path):
 def test_the_lock_ends_with_its_process(tmp_path):
     filled(tmp_path / "f", 2)
     code = (
-        "import sys, time; from adapterops.fleet.store import Store\n"
+        "import sys, time; from adapterops.fleet.indexing.store import Store\n"
         "store = Store.open(sys.argv[1]); print('open', flush=True); time.sleep(60)"
     )
     with subprocess.Popen(
@@ -282,7 +282,7 @@ def test_without_locks_the_later_writer_wins_and_the_earlier_stops(tmp_path, mon
     def no_locks(descriptor: int, how: int) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("adapterops.fleet.lock.fcntl.flock", no_locks)
+    monkeypatch.setattr("adapterops.fleet.indexing.lock.fcntl.flock", no_locks)
     filled(tmp_path / "f", 2)
     first = Store.open(tmp_path / "f")
     second = Store.open(tmp_path / "f")
@@ -388,7 +388,7 @@ def test_forgetting_all_leaves_an_empty_index(tmp_path):
 
 
 def test_tidying_joins_small_chunks_and_drops_dead_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("adapterops.fleet.store.ROWS", 16)
+    monkeypatch.setattr("adapterops.fleet.indexing.store.ROWS", 16)
     filled(tmp_path / "f", 40, size=3)
     before, folder = content(tmp_path / "f"), tmp_path / "f" / "signatures"
     assert len(list(folder.iterdir())) == 14

@@ -12,8 +12,8 @@ from adapterops.errors import FileError, FormatError, UsageError
 from adapterops.files.header import encode_header, layout, parse_header
 from adapterops.files.remote import Entry
 from adapterops.files.source import MemoryFile
-from adapterops.fleet.tenant_search import Pattern, RemoteTree, adapters_in
-from adapterops.fleet.tenants import check_adapter, find_tenants
+from adapterops.fleet.tenants.finding import check_adapter, find_tenants
+from adapterops.fleet.tenants.search import Pattern, RemoteTree, adapters_in
 
 NAMES = (
     "acme/v1/adapter_model.safetensors",
@@ -184,7 +184,7 @@ def test_a_folder_that_goes_while_it_is_searched_is_passed_over(tmp_path, monkey
             raise FileNotFoundError(2, "gone", path)
         return real(path, *args, **options)
 
-    monkeypatch.setattr("adapterops.fleet.tenant_search.os.stat", stat)
+    monkeypatch.setattr("adapterops.fleet.tenants.search.os.stat", stat)
     assert [tenant.name for tenant in find_tenants(tmp_path)] == ["a"]
 
 

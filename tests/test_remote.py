@@ -32,7 +32,7 @@ from adapterops.files import names, patience, scratch
 from adapterops.files.objects import HEAD, Store
 from adapterops.files.output import stage
 from adapterops.files.remote import fetched, is_remote, listing, located
-from adapterops.fleet.tenants import check_adapter
+from adapterops.fleet.tenants.finding import check_adapter
 from adapterops.formats import mlx, open_adapter_file, peft
 from tests import hostile
 from tests.remote_adapters import adapter, large

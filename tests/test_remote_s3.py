@@ -18,7 +18,7 @@ from adapterops.errors import ChangedError, FileError, FormatError
 from adapterops.files import patience
 from adapterops.files.objects import Store
 from adapterops.files.remote import listing, located
-from adapterops.fleet.tenants import check_adapter, find_tenants
+from adapterops.fleet.tenants.finding import check_adapter, find_tenants
 from adapterops.formats import open_adapter_file
 from tests.remote_adapters import adapter, large
 from tests.s3_server import Server, needs_server, serving

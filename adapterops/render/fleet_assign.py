@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from adapterops.fleet.assigning import AssignedInfo, AssignReport
-from adapterops.fleet.joining import Fate
+from adapterops.fleet.replanning.assigning import AssignedInfo, AssignReport
+from adapterops.fleet.replanning.joining import Fate
 from adapterops.render.tables import percent
 from adapterops.render.text import count, drawn, grid, safe
 

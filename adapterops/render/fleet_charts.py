@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from adapterops.fleet.summary import FleetReport
+from adapterops.fleet.summary.served import FleetReport
 from adapterops.render.markup import percent, size
 
 _WIDTH, _HEIGHT = 480.0, 340.0

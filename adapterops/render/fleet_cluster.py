@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapterops.fleet.outcome import ClusterReport, Spread
+from adapterops.fleet.plans.outcome import ClusterReport, Spread
 from adapterops.render.tables import figure, percent
 from adapterops.render.text import count, drawn, grid, megabytes, safe
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapterops.fleet.plandiff import PlanDiff, Totals
+from adapterops.fleet.plans.plandiff import PlanDiff, Totals
 from adapterops.render.tables import percent
 from adapterops.render.text import count, drawn, grid, megabytes, safe
 

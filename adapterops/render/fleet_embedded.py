@@ -6,8 +6,8 @@ import base64
 from collections.abc import Iterable
 from typing import Any
 
-from adapterops.fleet.summary import FleetReport, Tenant
-from adapterops.fleet.summary_map import Rows, Similarity
+from adapterops.fleet.summary.map import Rows, Similarity
+from adapterops.fleet.summary.served import FleetReport, Tenant
 from adapterops.render.text import printable
 
 ROWS = 20_000  # of a table: beyond, a page takes too long to open

@@ -11,7 +11,7 @@ from importlib.resources import files
 from string import Template
 
 import adapterops
-from adapterops.fleet.summary import FleetReport
+from adapterops.fleet.summary.served import FleetReport
 from adapterops.render.fleet_charts import spread, tradeoff
 from adapterops.render.fleet_embedded import ROWS, columns
 from adapterops.render.fleet_sections import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from adapterops.fleet.index_report import IndexReport
+from adapterops.fleet.indexing.report import IndexReport
 from adapterops.render.text import count, megabytes, printable
 
 _SHOWN, _NAMES = 5, 4  # lines of a kind, names of a group, without -v

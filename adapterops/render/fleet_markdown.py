@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from adapterops.fleet.deploy.report import GpuBytes
-from adapterops.fleet.summary import FATES, FleetReport
+from adapterops.fleet.summary.served import FATES, FleetReport
 from adapterops.render.fleet_words import (
     FATES as SERVED,
 )

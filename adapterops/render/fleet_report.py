@@ -9,7 +9,7 @@ from typing import Any
 from adapterops.errors import UsageError
 from adapterops.files.output import check_output, stage
 from adapterops.fleet.deploy.report import GpuBytes
-from adapterops.fleet.summary import FATES, FleetReport
+from adapterops.fleet.summary.served import FATES, FleetReport
 from adapterops.render import fleet_words, markup
 from adapterops.render.tables import percent
 from adapterops.render.text import count, drawn, grid, megabytes, safe

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from adapterops.fleet.deploy.report import GpuBytes
-from adapterops.fleet.summary import FATES, FleetReport
+from adapterops.fleet.summary.served import FATES, FleetReport
 from adapterops.render import fleet_words
 from adapterops.render.fleet_words import MEANINGS, kind_of, related_words
 from adapterops.render.markup import percent, size, text

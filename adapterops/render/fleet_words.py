@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from adapterops.fleet.plan import Related
-from adapterops.fleet.summary import FleetReport
+from adapterops.fleet.plans.plan import Related
+from adapterops.fleet.summary.served import FleetReport
 from adapterops.render.markup import percent
 from adapterops.render.text import count
 

@@ -13,21 +13,21 @@ from adapterops.activations import Activations
 from adapterops.errors import AdapterOpsError, ChangedError, IncompatibleError
 from adapterops.files.output import SIDECAR, Staging, check_outside, stage
 from adapterops.files.remote import is_remote, located
-from adapterops.fleet import planfile
-from adapterops.fleet.assign import Assignment, limit_of
-from adapterops.fleet.assign import assign as assigned_to
-from adapterops.fleet.assigning import AssignReport, assign_report
+from adapterops.fleet.consent.policy import consent_from, read_policy
 from adapterops.fleet.deploy.verify import inputs_of
-from adapterops.fleet.exact import Error, compare_many
-from adapterops.fleet.joining import Newcomer
-from adapterops.fleet.newcomers import new_tenants, signed
-from adapterops.fleet.plan import Plan, Representative
-from adapterops.fleet.planfile import PLAN, SKETCHES
-from adapterops.fleet.policy import consent_from, read_policy
-from adapterops.fleet.replanning import counters
-from adapterops.fleet.standing import carry, check_consent
+from adapterops.fleet.plans import planfile
+from adapterops.fleet.plans.plan import Plan, Representative
+from adapterops.fleet.plans.planfile import PLAN, SKETCHES
+from adapterops.fleet.plans.standing import carry, check_consent
+from adapterops.fleet.replanning.assign import Assignment, limit_of
+from adapterops.fleet.replanning.assign import assign as assigned_to
+from adapterops.fleet.replanning.assigning import AssignReport, assign_report
+from adapterops.fleet.replanning.drifted import counters
+from adapterops.fleet.replanning.joining import Newcomer
+from adapterops.fleet.replanning.newcomers import new_tenants, signed
+from adapterops.fleet.tenants.versions import versions
 from adapterops.fleet.types import Tenant
-from adapterops.fleet.versions import versions
+from adapterops.fleet.verifying.exact import Error, compare_many
 from adapterops.options import compute
 from adapterops.stream import Compute
 

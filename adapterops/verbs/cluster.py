@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 from adapterops.casts import DTYPE_NAMES
 from adapterops.errors import UsageError
 from adapterops.files.output import check_outside
-from adapterops.fleet.aliases import read_aliases
-from adapterops.fleet.cluster import Options, plan_fleet
-from adapterops.fleet.outcome import ClusterReport
-from adapterops.fleet.policy import Consent, Policy, Sharing, read_policy
+from adapterops.fleet.consent.policy import Consent, Policy, Sharing, read_policy
+from adapterops.fleet.grouping.aliases import read_aliases
+from adapterops.fleet.planning.cluster import Options, plan_fleet
+from adapterops.fleet.plans.outcome import ClusterReport
 from adapterops.fleet.ray_run import run_by
 from adapterops.options import compute, is_number, is_whole
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from adapterops.errors import UsageError
-from adapterops.fleet.creating import has_index
-from adapterops.fleet.index import Done, Source, index_source, tenants_of
-from adapterops.fleet.index_report import IndexReport, report
-from adapterops.fleet.merging import check_seed, merge_fleets, open_parts
-from adapterops.fleet.opened import open_fleet
+from adapterops.fleet.indexing.creating import has_index
+from adapterops.fleet.indexing.index import Done, Source, index_source, tenants_of
+from adapterops.fleet.indexing.merging import check_seed, merge_fleets, open_parts
+from adapterops.fleet.indexing.opened import open_fleet
+from adapterops.fleet.indexing.report import IndexReport, report
+from adapterops.fleet.indexing.store import Store
 from adapterops.fleet.ray_run import run_by
-from adapterops.fleet.store import Store
 from adapterops.options import as_seed, compute
 
 _Path = str | os.PathLike[str]

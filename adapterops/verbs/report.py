@@ -11,9 +11,9 @@ from adapterops.basemodel.shapes import load
 from adapterops.errors import UsageError
 from adapterops.files.output import SIDECAR
 from adapterops.fleet.deploy.checks import index_of
-from adapterops.fleet.plandiff import diff
-from adapterops.fleet.planfile import plan_folder, read_plan
-from adapterops.fleet.summary import FleetReport, summary
+from adapterops.fleet.plans.plandiff import diff
+from adapterops.fleet.plans.planfile import plan_folder, read_plan
+from adapterops.fleet.summary.served import FleetReport, summary
 from adapterops.options import is_whole
 from adapterops.serving.objections import engine_named
 

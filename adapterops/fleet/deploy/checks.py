@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from adapterops.errors import AdapterOpsError, IncompatibleError
-from adapterops.fleet.plan import Plan, Representative
-from adapterops.fleet.planfile import plan_folder
-from adapterops.fleet.store import Fleet, open_fleet
+from adapterops.fleet.indexing.store import Fleet, open_fleet
+from adapterops.fleet.plans.plan import Plan, Representative
+from adapterops.fleet.plans.planfile import plan_folder
 
 _SHOWN = 5
 _UNREAD = (

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from adapterops.fleet.deploy.memory import Held, Shapes, gpu, prepared, width
 from adapterops.fleet.deploy.report import GpuBytes
 from adapterops.fleet.deploy.writing import Written
-from adapterops.fleet.plan import Served
-from adapterops.fleet.store import Fleet
+from adapterops.fleet.indexing.store import Fleet
+from adapterops.fleet.plans.plan import Served
 from adapterops.serving.model import Engine
 from adapterops.serving.scales import leaf
 from adapterops.serving.zeros import BaseShapes

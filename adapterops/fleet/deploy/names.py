@@ -13,7 +13,7 @@ from pathlib import Path
 
 from adapterops.files.output import MAIN
 from adapterops.files.source import LocalFile, read_header
-from adapterops.fleet import ids
+from adapterops.fleet.plans import ids
 from adapterops.formats import peft
 from adapterops.formats.locate import read_text
 

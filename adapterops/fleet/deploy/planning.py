@@ -13,9 +13,9 @@ from adapterops.errors import UsageError
 from adapterops.files.output import check_outside
 from adapterops.files.remote import is_remote
 from adapterops.fleet.deploy import checks, routes, verify
-from adapterops.fleet.plan import Plan, Representative
-from adapterops.fleet.planfile import located, plan_folder, read_plan
-from adapterops.fleet.store import Fleet
+from adapterops.fleet.indexing.store import Fleet
+from adapterops.fleet.plans.plan import Plan, Representative
+from adapterops.fleet.plans.planfile import located, plan_folder, read_plan
 from adapterops.serving.model import Engine
 from adapterops.serving.objections import engine_named
 from adapterops.serving.zeros import BaseShapes

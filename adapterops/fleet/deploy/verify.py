@@ -11,8 +11,8 @@ from adapterops.activations import Activations, open_activations
 from adapterops.errors import AdapterOpsError, BudgetError, FileError, IncompatibleError
 from adapterops.fleet.deploy.checks import some
 from adapterops.fleet.deploy.report import Deployed, Known, TenantError
-from adapterops.fleet.exact import Error, compare_groups
-from adapterops.fleet.plan import Plan, Served
+from adapterops.fleet.plans.plan import Plan, Served
+from adapterops.fleet.verifying.exact import Error, compare_groups
 from adapterops.stream import Compute
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from adapterops.errors import AdapterOpsError, BudgetError, IncompatibleError, PickleRefusedError
 from adapterops.files.remote import located
-from adapterops.fleet.content import content_hash
 from adapterops.fleet.deploy import names
 from adapterops.fleet.deploy.checks import check_content
 from adapterops.fleet.deploy.forms import Formed, Terms, form
 from adapterops.fleet.deploy.report import Deployed
-from adapterops.fleet.plan import Plan, Representative
+from adapterops.fleet.plans.plan import Plan, Representative
+from adapterops.fleet.signing.content import content_hash
 from adapterops.formats import open_adapter_file
 from adapterops.formats.model import AdapterFile
 from adapterops.stream import Compute

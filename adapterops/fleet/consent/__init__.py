@@ -1,0 +1,1 @@
+"""What tenants agreed to: whose weights may serve whom."""

@@ -1,0 +1,1 @@
+"""From sketches to groups whose every error is verified."""

@@ -1,0 +1,1 @@
+"""A fleet's index on disk: made, resumed, merged, read."""

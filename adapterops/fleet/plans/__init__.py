@@ -1,0 +1,1 @@
+"""A plan: what serves whom, on disk, beside another, summed up."""

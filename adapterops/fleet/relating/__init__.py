@@ -1,0 +1,1 @@
+"""Tenants that resemble each other more than the fleet does by itself."""

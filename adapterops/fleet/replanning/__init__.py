@@ -1,0 +1,1 @@
+"""Tenants that come, change and go while the plan stays what it is."""

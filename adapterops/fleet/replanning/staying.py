@@ -1,0 +1,174 @@
+"""Planning again beside an earlier plan: who stays with the adapter that served them.
+
+What of the earlier plan may stand is offered first to its own members, then to whoever is near it;
+files are compared anew, for any of them may have changed. Tenants for whom a fresh plan would save
+enough adapters are let go (`sticky.exchanges`), and everybody who is left is covered afresh.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from adapterops.errors import AdapterOpsError
+from adapterops.fleet.consent.policy import Consent
+from adapterops.fleet.grouping.groups import Compare, Grouped, Value, exact, fits
+from adapterops.fleet.grouping.partition import Partition
+from adapterops.fleet.indexing.opened import Fleet
+from adapterops.fleet.plans.ids import DIGITS
+from adapterops.fleet.plans.plan import Plan, Representative
+from adapterops.fleet.plans.planfile import Sketched, located, read_sketches
+from adapterops.fleet.replanning.assign import CANDIDATES, KIND
+from adapterops.fleet.replanning.nearest import nearest, searched
+from adapterops.fleet.replanning.sticky import exchanges, offers_of, place, survivors
+from adapterops.fleet.types import Record
+from adapterops.fleet.verifying.exact import Error
+
+
+@dataclass(frozen=True, slots=True)
+class Stayed:
+    """A representative of the earlier plan that stands, its members' verified errors, its sketch.
+
+    `records` are the members, sorted by tenant.
+    """
+
+    representative: Representative
+    records: tuple[Record, ...]
+    errors: Mapping[str, Error]
+
+
+def staying(
+    folder: str,
+    previous: Plan,
+    fleet: Fleet,
+    parts: Sequence[Partition],
+    consent: Consent,
+    bound: float,
+    compare: Compare,
+    value: Value,
+) -> list[Stayed]:
+    """The representatives of `previous`, a plan at `folder`, that stay, and whom they serve."""
+    records = {record.tenant.name: record for part in parts for record in part.records}
+    contents = {name: record.content for name, record in records.items()}
+    survival = survivors(previous, contents, consent, fleet.removed)
+    survival = replace(survival, kept={id: _moved(x, records) for id, x in survival.kept.items()})
+    near = _near(folder, fleet, parts, consent, bound, set(survival.kept))
+
+    def verify(id: str, names: Sequence[str]) -> dict[str, Error | None]:
+        rep = survival.kept[id]
+        found: dict[str, Error | None] = dict.fromkeys(names)
+        own = [name for name in names if records[name].content == rep.content]
+        others = [name for name in names if name not in own]
+        found |= {name: exact(records[name]) for name in own}
+        if not others:
+            return found
+        server = located(folder, rep.location, rep.path)
+        places = [records[name].tenant.location for name in others]
+        try:
+            [results] = compare([(server, places)])
+        except AdapterOpsError:  # it is gone or damaged: nobody stays with it
+            return found
+        for name, result in zip(others, results, strict=True):
+            if isinstance(result, Error) and fits(result, consent.bound(name, bound), value):
+                found[name] = result
+        return found
+
+    placed = place(offers_of(survival, near, consent), verify)
+    members: defaultdict[str, dict[str, Error]] = defaultdict(dict)
+    for name, (id, error) in placed.found.items():
+        members[id][name] = error
+    return [
+        Stayed(
+            replace(survival.kept[id], members=tuple(sorted(errors)), bound=None),
+            tuple(records[name] for name in sorted(errors)),
+            errors,
+        )
+        for id, errors in sorted(members.items())
+    ]
+
+
+def _moved(rep: Representative, records: Mapping[str, Record]) -> Representative:
+    """An original, where its tenant's file is now."""
+    if rep.kind not in ("original", "medoid"):
+        return rep
+    tenant = records[rep.holds[0]].tenant
+    return replace(rep, path=tenant.path, location=tenant.location)
+
+
+def _near(
+    folder: str,
+    fleet: Fleet,
+    parts: Sequence[Partition],
+    consent: Consent,
+    bound: float,
+    kept: set[str],
+) -> dict[str, list[str]]:
+    """The nearest representatives by tenant, from sketches."""
+    pool = [searched(part) for part in read_sketches(folder)]
+    found = {}
+    for part in parts:
+        among = [one for one in pool if one.part.key[:KIND] == part.key[:KIND]]
+        for record, signature in zip(part.records, fleet.signatures(part.records), strict=True):
+            name = record.tenant.name
+            if consent.policy.rule(name).private:
+                continue
+            limit = consent.bound(name, bound)
+            hits = [
+                hit for one in among for hit in nearest(one, signature, limit, kept.__contains__)
+            ]
+            hits.sort(key=lambda hit: (hit.estimate, hit.id))
+            found[name] = [hit.id for hit in hits[:CANDIDATES]]
+    return found
+
+
+def exchanged(
+    stayed: Sequence[Stayed],
+    previous: Plan,
+    alone: Sequence[Record],
+    fresh: Sequence[tuple[Grouped, Sequence[Sequence[Record]]]],
+) -> set[str]:
+    """The tenants whose groups are worth taking apart.
+
+    `alone` are those that nothing of the earlier plan serves, `fresh` the verified groups of a plan
+    that keeps nothing, with the records of each of their nodes.
+    """
+    before = {name: item.by for name, item in previous.served.items()}
+    sticky = {name: one.representative.id for one in stayed for name in one.errors}
+    sticky |= {record.tenant.name: record.content[:DIGITS] for record in alone}
+    other: dict[str, str] = {}
+    for grouped, nodes in fresh:
+        for group in grouped.groups:
+            label = nodes[group.center][0].content[:DIGITS]
+            for node in group.errors:
+                other |= {record.tenant.name: label for record in nodes[node]}
+    common = sticky.keys() & other.keys()
+    return exchanges(
+        before, {name: sticky[name] for name in common}, {name: other[name] for name in common}
+    )
+
+
+def without(stayed: Sequence[Stayed], names: set[str]) -> list[Stayed]:
+    """What stays when these tenants do not; a representative of nobody goes."""
+    kept = []
+    for one in stayed:
+        errors = {name: error for name, error in one.errors.items() if name not in names}
+        records = tuple(record for record in one.records if record.tenant.name in errors)
+        if errors:
+            rep = replace(one.representative, members=tuple(sorted(errors)))
+            kept.append(Stayed(rep, records, errors))
+    return kept
+
+
+def kept_sketches(folder: str, stayed: Sequence[Stayed]) -> list[Sketched]:
+    """The sketches of a plan's representatives that stay."""
+    ids = {one.representative.id for one in stayed}
+    found = []
+    for part in read_sketches(folder):
+        rows = [row for row, id in enumerate(part.ids) if id in ids]
+        if rows:
+            names = tuple(part.ids[row] for row in rows)
+            found.append(
+                replace(part, ids=names, norms=part.norms[rows], sketches=part.sketches[rows])
+            )
+    return found

@@ -1,0 +1,1 @@
+"""What serves a group: an original, a mean or a minimax adapter."""

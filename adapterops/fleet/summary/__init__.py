@@ -1,0 +1,1 @@
+"""A plan summed up for people."""

@@ -1,0 +1,1 @@
+"""The exact error of serving one adapter for another, from the files."""
