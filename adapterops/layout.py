@@ -23,6 +23,7 @@ from adapterops.descriptions import (
 )
 from adapterops.errors import UsageError
 from adapterops.extras import Extra
+from adapterops.files.output import resolved
 from adapterops.formats import cloneofsimo, diffusers, kohya, mlx, peft, xlabs
 from adapterops.formats.names import DIRECTORIES
 from adapterops.plan import Module, Plan
@@ -63,8 +64,7 @@ class Layout:
 
 def output_path(out: str, dialect: str, name: str = "merged") -> tuple[str, bool, list[str]]:
     """The path to write, whether it is a directory, and notes about how it was understood."""
-    if not out or "\0" in out:
-        raise UsageError(f"the output {out!r} is no file name")
+    resolved(out)  # or UsageError
     if out.lower().endswith(".safetensors"):
         if dialect not in DIRECTORIES:
             return out, False, []

@@ -220,3 +220,29 @@ def _no_moments(ref: Ref, what: str) -> FormatError:
         path=ref.source.path,
         hint="collect the activations again",
     )
+
+
+def outer(inputs: Inputs, probe: Matrix) -> tuple[Matrix, Matrix]:
+    """F (n, q) and spread (n,) such that F·Fᵀ + diag(spread²) is about C, with its diagonal.
+
+    Of samples F is all of them, Xᵀ/√k. A gram is approximated from `probe` (n, w) by Nyström's
+    method (Tropp, Yurtsever, Udell & Cevher 2017, alg. 3), exactly where its rank is at most w;
+    the diagonal of what that leaves is the spread. Raises NumericsError for what is not finite.
+    """
+    n = inputs.width
+    if inputs.kind == "samples":
+        pieces = [block for _, block in _blocks(inputs.ref, probe)]
+        for block in pieces:
+            _check_finite(block, inputs.ref)
+        return np.concatenate(pieces).T / math.sqrt(inputs.ref.shape[0]), np.zeros(n)
+    seen, diagonal = np.empty_like(probe, np.float64), np.empty(n)
+    for start, block in _blocks(inputs.ref, probe):
+        with np.errstate(over="ignore", invalid="ignore"):  # infinities are found, and named
+            seen[start : start + len(block)] = block @ probe
+        diagonal[start : start + len(block)] = block.diagonal(start)
+        _check_finite(seen[start : start + len(block)], inputs.ref)
+    core = probe.T @ seen
+    values, vectors = np.linalg.eigh((core + core.T) / 2)
+    kept = values > n * EPSILON * max(float(values[-1]), 0.0)
+    F: Matrix = seen @ (vectors[:, kept] / np.sqrt(values[kept]))
+    return F, np.sqrt(np.maximum(diagonal - np.einsum("nq,nq->n", F, F), 0.0))

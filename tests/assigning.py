@@ -28,14 +28,17 @@ def newcomer(fleet, name, consent):
     )
 
 
-def write_plan_of(folder, fleet, served, *, max_error=0.2, consent=None, own=()):
+def write_plan_of(
+    folder, fleet, served, *, max_error=0.2, consent=None, own=(), index="FLEET", removed=()
+):
     """A plan in which planted tenants serve these others: {representative: [others]}.
 
-    Those in `own` lie within the plan, as an average would.
+    Those in `own` lie within the plan, as an average would; `removed` is what it says of its index.
     """
     consent = consent or Consent("all")
     items = {name: newcomer(fleet, name, consent) for name in served}
-    plan = Plan("FLEET", SEED, max_error, "frobenius", consent.to_dict(), {}, {})
+    options = {**consent.to_dict(), "removed": list(removed)}
+    plan = Plan(str(index), SEED, max_error, "frobenius", options, {}, {})
     with stage(folder, directory=True, overwrite=False) as staging:
         added, given = [], {}
         for name, others in served.items():

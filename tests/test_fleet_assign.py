@@ -18,10 +18,12 @@ from adapterops.errors import (
     UnsupportedError,
     UsageError,
 )
+from adapterops.fleet.indexing.store import Store
 from adapterops.fleet.plans.plandiff import diff
 from adapterops.fleet.plans.planfile import read_plan, read_sketches
+from adapterops.fleet.replanning import assign as assigning
 from adapterops.fleet.replanning.drifted import hint
-from tests.assigning import KINDS, assigned, centres, named, write_plan_of
+from tests.assigning import KINDS, SEED, assigned, centres, named, write_plan_of
 from tests.planted import Fleet, plant
 from tests.support import pairs, write_peft
 
@@ -191,10 +193,74 @@ def test_no_ops_broken_and_ineligible_ones(fleet, tmp_path):
     assert made.served["c00000/member0"] == read_plan(plan).served["c00000/member0"]
     assert made.routes["dora"] == f"{tmp_path}/new/dora"
     assert report.failed == 2
-    assert len(report.warnings) == 2
+    assert [text.split(":")[0] for text in report.warnings[1:]] == ["broken", "c00000/member0"]
     for name, kind in (("broken", FormatError), ("dora", UnsupportedError)):
         with pytest.raises(kind):
             ao.assign(plan, tmp_path / "new" / name, out=tmp_path / "c", strict=True)
+
+
+def test_who_left_since_is_not_taken_back_and_serves_nobody(fleet, tmp_path):
+    with Store.create(tmp_path / "index", SEED) as store:
+        store.put([])
+        store.forget(["c00000/bytes", "gone"])
+    planned = {"c00000/centre": ["c00000/member0"]}
+    plan = write_plan_of(
+        tmp_path / "plan", fleet, planned, index=tmp_path / "index", removed=["earlier"]
+    )
+    report = ao.assign(plan, named(fleet, "c00000/member1"), out=tmp_path / "a")
+    assert not report.warnings
+    assert read_plan(tmp_path / "a").options["removed"] == ["c00000/bytes", "earlier", "gone"]
+    with pytest.raises(IncompatibleError, match="'c00000/bytes' was off-boarded"):
+        ao.assign(plan, named(fleet, "c00000/bytes"), out=tmp_path / "b")
+    with Store.open(tmp_path / "index") as store:
+        store.forget(["c00000/centre"])
+    with pytest.raises(IncompatibleError, match="still holds weights of c00000/centre,"):
+        ao.assign(plan, named(fleet, "c00000/member1"), out=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [("nothing", "no such index"), ("other", "has the seed 8"), ("damaged", "is damaged")],
+)
+def test_an_index_that_cannot_be_read_is_warned_of(fleet, tmp_path, index, said):
+    with Store.create(tmp_path / "other", SEED + 1):
+        pass
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "fleet.sqlite").write_bytes(b"no database at all" * 100)
+    plan = write_plan_of(
+        tmp_path / "plan", fleet, centres(fleet, 1), index=tmp_path / index, removed=["earlier"]
+    )
+    report = ao.assign(plan, named(fleet, "c00000/bytes"), out=tmp_path / "b")
+    [warning] = report.warnings
+    assert said in warning and "off-boarded since is not known" in warning
+    assert read_plan(tmp_path / "b").options["removed"] == ["earlier"]
+
+
+def test_many_that_nothing_serves_are_found_by_later_ones(fleet, tmp_path, monkeypatch):
+    """Sketches of newcomers are put together as they become many, and each still finds its own."""
+    plan = write_plan_of(tmp_path / "plan", fleet, {"c00005/decoy": []})
+    sizes = []
+
+    def asked(parts, more):
+        found = grown(parts, more)
+        sizes.append([len(one.part.ids) for one in found])
+        return found
+
+    grown = assigning.grown
+    monkeypatch.setattr(assigning, "grown", asked)
+    twins = [f"c{n:05d}/refactored" for n in range(6)]
+    copied = {name: fleet.tenants[name].copy_of for name in twins}
+    alone = [*copied.values(), *(f"c{n:05d}/decoy" for n in range(5))]
+    report = ao.assign(plan, named(fleet, *alone, *twins), out=tmp_path / "b")
+    found = assigned(report)
+    assert {name: item.fate for name, item in found.items()} == {
+        **dict.fromkeys(alone, "alone"),
+        **dict.fromkeys(twins, "joined"),
+    }
+    assert sizes[-1] == [8, 2, 1]
+    for name, other in copied.items():
+        assert found[name].by == found[other].by
 
 
 def test_bad_input(fleet, tmp_path):

@@ -65,7 +65,7 @@ def test_consent_of_the_plan_or_of_a_new_policy(fleet, tmp_path, rules, fate):
     (tmp_path / "policy.json").write_text(json.dumps(rules))
     given = {"out": tmp_path / "d", "policy": tmp_path / "policy.json"}
     assert ao.assign(plan, named(fleet, "c00000/bytes"), **given).assigned[0].fate == fate
-    assert read_plan(tmp_path / "d").options == Consent("all", policy).to_dict()
+    assert read_plan(tmp_path / "d").options == {**Consent("all", policy).to_dict(), "removed": []}
 
 
 def test_a_private_newcomer_serves_nobody_later(fleet, tmp_path):

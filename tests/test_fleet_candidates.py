@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from adapterops.errors import MemoryLimitError
-from adapterops.fleet.grouping import candidates
+from adapterops.fleet.grouping import blocks, candidates
 from adapterops.fleet.grouping.candidates import edges
+from adapterops.fleet.grouping.cover import greedy_cover
 from adapterops.fleet.grouping.graph import Candidates
+from adapterops.fleet.grouping.vectors import Vectors
 from adapterops.fleet.signing.sketch import deviation, sides, sketch
 from adapterops.stream import Compute
 
@@ -29,7 +32,11 @@ class Planted:
     energies: np.ndarray
 
     def edges(self, radius: float | np.ndarray, on: Compute | None = None) -> Candidates:
-        return edges(self.sketches, self.norms, self.energies, SIDE, radius, on)
+        return edges(self.vectors, radius, on)
+
+    @property
+    def vectors(self) -> Vectors:
+        return Vectors(self.sketches, self.norms, self.energies, SIDE)
 
     @functools.cached_property
     def apart(self) -> np.ndarray:
@@ -113,7 +120,7 @@ def test_edges_are_those_of_all_pairs(
     monkeypatch: pytest.MonkeyPatch, radius: float, block: int, denser: float
 ) -> None:
     fleet = planted(radius)
-    monkeypatch.setattr(candidates, "_BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     monkeypatch.setattr(candidates, "_DENSER", denser)
     monkeypatch.setattr(candidates, "_DENSE", 50)
     found = edge_set(fleet.edges(radius))
@@ -211,7 +218,7 @@ def test_everyone_has_a_bound_of_their_own() -> None:
 
 @pytest.mark.parametrize("radius", [0.2, 1.0])
 def test_threads_and_memory_change_nothing(monkeypatch: pytest.MonkeyPatch, radius: float) -> None:
-    monkeypatch.setattr(candidates, "_BLOCK", 50)
+    monkeypatch.setattr(blocks, "BLOCK", 50)
     fleet = planted(0.2)
     first = fleet.edges(radius, Compute(threads=1))
     other = fleet.edges(radius, Compute(threads=4, memory=4 << 20))
@@ -222,20 +229,20 @@ def test_threads_and_memory_change_nothing(monkeypatch: pytest.MonkeyPatch, radi
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_the_smallest_fleets(count: int) -> None:
     fleet = planted(0.2)
-    found = edges(fleet.sketches[:count], fleet.norms[:count], fleet.energies[:count], SIDE, 0.2)
+    found = edges(fleet.vectors.rows(np.arange(count)), 0.2)
     assert found.count == count and len(found.members) >= count
 
 
 def test_zero_is_near_nothing_but_itself() -> None:
     dense = np.array([low_rank(np.random.default_rng(0), RANK)] * 2)
     fleet = indexed(dense)
-    found = edges(
+    vectors = Vectors(
         np.vstack([fleet.sketches, fleet.sketches * 0]),
         np.array([*fleet.norms, 0.0, 0.0]),
         np.vstack([fleet.energies, fleet.energies * 0]),
         SIDE,
-        0.5,
     )
+    found = edges(vectors, 0.5)
     assert edge_set(found) == {(0, 1), (1, 0)}
 
 
@@ -252,7 +259,76 @@ def test_norms_of_any_size() -> None:
 
 
 def test_more_pairs_than_memory() -> None:
-    one = low_rank(np.random.default_rng(0), RANK)
-    fleet = indexed(np.array([one] * 120))
+    rng = np.random.default_rng(0)
+    one = low_rank(rng, RANK)
+    dense = [one + 0.1 * low_rank(rng, RANK) for _ in range(120)]
     with pytest.raises(MemoryLimitError, match=r"120 tenants have more than .* candidate pairs"):
-        fleet.edges(0.2, Compute(memory=100_000))
+        indexed(np.array(dense)).edges(0.2, Compute(memory=100_000))
+
+
+# Near copies.
+
+
+def copies(sizes: Sequence[int], noise: float, others: int = 30) -> Planted:
+    """Families of near copies, `noise` from each other at most, and adapters of nobody."""
+    rng = np.random.default_rng(9)
+    dense = []
+    for size in sizes:
+        one = low_rank(rng, RANK)
+        steps = [low_rank(rng, RANK) for _ in range(size)]
+        norm = np.linalg.norm(one)
+        dense += [one + e * (0.5 * noise * norm / np.linalg.norm(e)) for e in steps]
+    dense += [low_rank(rng, RANK) for _ in range(others)]
+    return indexed(np.array(dense))
+
+
+@pytest.mark.parametrize(("radius", "noise"), [(0.2, 1e-3), (0.2, 0.02), (1e-3, 8e-4)])
+def test_of_many_near_copies_a_few_serve(radius: float, noise: float) -> None:
+    fleet = copies([200, 90, 40], noise)
+    found = fleet.edges(radius)
+    served = np.bincount(found.members, minlength=found.count) - 1
+    serving = np.diff(found.starts) > 1
+    assert serving[:200].sum() <= 60 and serving[200:290].sum() <= 60
+    assert serving[290:330].all() and (served[290:330] == 39).all()  # no large family
+    assert served[:290].min() >= 7 and served[330:].max() == 0
+    assert serving[0] and serving[200]  # the smallest tenants
+    groups = greedy_cover(found)
+    assert [group.center for group in groups[:3]] == [0, 200, 290] and len(groups) == 33
+
+
+def test_a_family_keeps_what_only_one_of_them_can_serve() -> None:
+    """A star: rays are within the bound of the centre, the last tenant, not of each other."""
+    rng = np.random.default_rng(4)
+    one = low_rank(rng, RANK)
+    norm = np.linalg.norm(one)
+    steps = [low_rank(rng, RANK) for _ in range(150)]
+    rays = [one + e * (9e-4 * norm / np.linalg.norm(e)) for e in steps]
+    fleet = indexed(np.array([*rays, one]), half=False)
+    found = fleet.edges(1e-3)
+    assert len(found.row(150)[0]) > 120
+    assert len(greedy_cover(found)) < 30
+
+
+def test_only_those_who_are_alike_stand_for_each_other() -> None:
+    fleet = copies([200], 1e-3, 0)
+    numbers = np.where(np.arange(200) < 100, 0, -1)
+    found = edges(fleet.vectors, 0.2, alike=numbers)
+    serving = np.diff(found.starts) > 1
+    assert serving[100:].all() and serving[:100].sum() <= 60
+    halves = edges(fleet.vectors, 0.2, alike=np.arange(200) % 2)
+    assert (np.diff(halves.starts) > 1)[[0, 1]].all()
+
+
+def test_twenty_thousand_near_copies_fit_into_a_gigabyte() -> None:
+    rng = np.random.default_rng(2)
+    one = rng.standard_normal(512).astype(np.float32)
+    rows = one + 5e-4 * rng.standard_normal((20_000, 512), np.float32)
+    sizes = np.linalg.norm(rows, axis=1)
+    energies = np.square(rows / sizes[:, None]).reshape(-1, 8, 64).sum(2)
+    vectors = Vectors((rows / sizes[:, None]).astype(np.float16), sizes, energies, 8)
+    tracemalloc.start()
+    found = edges(vectors, 0.2, Compute(memory=1 << 30, threads=1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 30
+    assert [len(group.members) for group in greedy_cover(found)] == [20_000]

@@ -510,8 +510,64 @@ def test_the_bound_holds_in_terms_of_inputs(tmp_path):
             assert item.measured == pytest.approx(off / own, rel=1e-5, abs=1e-12)
             assert item.measured <= limit
             assert item.error == pytest.approx(figures(C, D)["error"], rel=1e-6, abs=1e-12)
-        assert len(plan.representatives) == (3 if sharing == "all" else 6)
+        assert len(plan.representatives) == (2 if sharing == "all" else 6)
     assert plan.metric == "activation"
+
+
+@pytest.mark.parametrize("budget", [False, True], ids=["bound", "number"])
+@pytest.mark.parametrize("kind", ["gram", "samples"])
+def test_who_is_near_to_inputs_alone_is_found(tmp_path, kind, budget):
+    """Two families whose members differ by more than their norm where no input points."""
+    rng = np.random.default_rng(8)
+    X = rng.standard_normal((40, 16)) * (np.arange(16) < 9)
+    members = {}
+    for n in range(8):
+        blind = rng.standard_normal((2, 16)) * (np.arange(16) >= 9)
+        members[f"t{n}"] = {
+            stem: (B, (A + blind).astype(np.float32))
+            for stem, (B, A) in near(n, 0.02, of=n % 2).items()
+        }
+    fleet, where = made(tmp_path, members)
+    value = X if kind == "samples" else X.T @ X / len(X)
+    inputs = dict.fromkeys(SHAPES, (kind, value.astype(np.float32)))
+    write_activations(tmp_path / "x", inputs, tokens=40, model="tiny/base")
+    assert ao.cluster(fleet, out=tmp_path / "weights", allow_sharing="all").adapters == 8
+    report = ao.cluster(
+        fleet, out=tmp_path / "plan", allow_sharing="all", metric="activation",
+        activations=tmp_path / "x", representative="medoid",
+        **({"max_adapters": 2} if budget else {"max_error": 0.2}),
+    )  # fmt: skip
+    assert report.adapters == 2 and (budget or report.gain["adapters"] == 2)
+    plan = read_plan(tmp_path / "plan")
+    for name, item in plan.served.items():
+        rep = plan.representatives[item.by]
+        assert {int(other[1:]) % 2 for other in rep.members} == {int(name[1:]) % 2}
+        C, D = dense(place(tmp_path / "plan", rep)), dense(where[name])
+        assert item.error == 0 or item.error > 0.3
+        off, own = (
+            math.hypot(*(float(np.linalg.norm(v[s] @ X.T)) for s in v))
+            for v in ({s: C[s] - D[s] for s in D}, D)
+        )
+        assert item.measured == pytest.approx(off / own, rel=1e-4, abs=1e-9)
+        assert item.measured <= 0.2
+    again = ao.cluster(
+        fleet, out=tmp_path / "plan2", allow_sharing="all", metric="activation",
+        activations=tmp_path / "x", representative="medoid", previous=tmp_path / "plan",
+    )  # fmt: skip
+    assert again.adapters == 2 and again.changes["churn"] == 0
+
+
+def test_who_inputs_say_nothing_of_is_alone_and_named(tmp_path):
+    fleet, _ = made(tmp_path, {f"t{n}": near(n, 0.02) for n in range(3)})
+    inputs = {"model.layers.9.other": ("gram", np.eye(16, dtype=np.float32))}
+    write_activations(tmp_path / "x", inputs, tokens=9, model="tiny/base")
+    report = ao.cluster(
+        fleet, out=tmp_path / "plan", allow_sharing="all", metric="activation",
+        activations=tmp_path / "x",
+    )  # fmt: skip
+    assert report.adapters == 3
+    assert [text.split()[0] for text in report.warnings] == ["t0", "t1", "t2"]
+    assert "lacks 2 of the adapter's 2 modules" in report.warnings[0]
 
 
 def test_a_duplicate_in_terms_of_inputs_alone_needs_consent(tmp_path):
@@ -550,8 +606,8 @@ def test_at_most_so_many_adapters_or_a_clear_error(planted, tmp_path):
         bounds.append(plan.max_error)
         # A little less would not have done.
         less = ao.cluster(
-            root / "fleet", out=out, max_error=0.97 * plan.max_error - 0.004, dry_run=True,
-            overwrite=True, **options,
+            root / "fleet", out=out, max_error=max(0.97 * plan.max_error - 0.004, 0.0),
+            dry_run=True, overwrite=True, **options,
         )  # fmt: skip
         assert less.adapters > count - 8
     assert bounds == sorted(bounds, reverse=True)

@@ -28,28 +28,28 @@ def drawn(seed: int, count: int, share: float) -> Candidates:
     return made(count, {(int(j), int(i)): float(rng.random()) for j, i in chosen})
 
 
-def naive(found: Candidates, costs: np.ndarray) -> float:
-    """The cost of plain greedy, everything recounted at every step, ties to the smaller."""
-    left, total = set(range(found.count)), 0.0
+def naive(found: Candidates) -> int:
+    """How many plain greedy keeps, everything recounted at every step, ties to the smaller."""
+    left, total = set(range(found.count)), 0
     while left:
-        gains = [len(left & set(found.row(j)[0].tolist())) / costs[j] for j in range(found.count)]
+        gains = [len(left & set(found.row(j)[0].tolist())) for j in range(found.count)]
         best = gains.index(max(gains))
         left -= set(found.row(best)[0].tolist())
-        total += costs[best]
+        total += 1
     return total
 
 
-def optimum(found: Candidates, costs: np.ndarray) -> float:
+def optimum(found: Candidates) -> int:
     rows = [sum(1 << int(i) for i in found.row(j)[0]) for j in range(found.count)]
-    everyone, best = (1 << found.count) - 1, math.inf
+    everyone = (1 << found.count) - 1
     for size in range(1, found.count + 1):
         for some in itertools.combinations(range(found.count), size):
             covered = 0
             for j in some:
                 covered |= rows[j]
             if covered == everyone:
-                best = min(best, float(costs[list(some)].sum()))
-    return best
+                return size
+    return 0
 
 
 def check(found: Candidates, groups: list[Group], wanted: set[int]) -> None:
@@ -74,19 +74,15 @@ def check(found: Candidates, groups: list[Group], wanted: set[int]) -> None:
     seed=st.integers(0, 10**6),
     count=st.integers(1, 9),
     share=st.sampled_from([0.0, 0.15, 0.3, 0.6, 1.0]),
-    priced=st.booleans(),
 )
-def test_never_dearer_than_greedys_bound(seed: int, count: int, share: float, priced: bool) -> None:
+def test_never_more_than_greedys_bound(seed: int, count: int, share: float) -> None:
     found = drawn(seed, count, share)
-    rng = np.random.default_rng(seed)
-    costs = rng.integers(1, 8, count).astype(float) if priced else np.ones(count)
-    groups = greedy_cover(found, costs if priced else None)
+    groups = greedy_cover(found)
     check(found, groups, set(range(count)))
-    paid = float(costs[[group.center for group in groups]].sum())
     largest = int(np.diff(found.starts).max())
     harmonic = sum(1 / n for n in range(1, largest + 1))
-    assert optimum(found, costs) <= paid <= harmonic * optimum(found, costs) + 1e-9
-    assert paid <= naive(found, costs) + 1e-9
+    assert optimum(found) <= len(groups) <= harmonic * optimum(found) + 1e-9
+    assert len(groups) <= naive(found)
 
 
 def test_equal_gains_go_to_the_smaller_tenant() -> None:
@@ -114,12 +110,6 @@ def test_a_centre_that_others_make_needless_is_dropped() -> None:
     edges = {(j, i): 0.1 for j, members in rows.items() for i in members}
     groups = greedy_cover(made(9, edges))
     assert {group.center for group in groups} == {7, 8}
-
-
-def test_a_dear_adapter_is_left_out() -> None:
-    everyone = {(j, i): 0.1 for j in range(4) for i in range(4)}
-    costs = np.array([9.0, 5.0, 1.0, 1.0])
-    assert [group.center for group in greedy_cover(made(4, everyone), costs)] == [2]
 
 
 @settings(deadline=None)

@@ -17,7 +17,7 @@ import pytest
 
 import adapterops as ao
 from adapterops.errors import FileError
-from adapterops.fleet.indexing.store import open_fleet
+from adapterops.fleet.indexing.opened import open_fleet
 from tests.support import pairs, write_peft
 from tests.test_fleet_store import content
 
@@ -46,6 +46,7 @@ import adapterops as ao
 from adapterops.fleet.indexing import index
 from adapterops.fleet.indexing import looking
 from adapterops.fleet.indexing import merging
+from adapterops.fleet.indexing import opened
 from adapterops.fleet.indexing import schema
 from adapterops.fleet.indexing import store
 index.ROWS = store.ROWS = merging.ROWS = {BATCH}
@@ -105,7 +106,7 @@ for number in range(first, 10**6, stride):
         break
     verb()
     assert content(out) == expected, number
-    fleet = store.open_fleet(out)
+    fleet = opened.open_fleet(out)
     assert fleet.unfinished == (), number
     there = sorted(os.listdir(out / "signatures"))
     assert there == sorted(fleet._files.values()), (number, there)

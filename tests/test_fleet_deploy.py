@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 import adapterops
 from adapterops.activations import write_activations
 from adapterops.errors import BudgetError, FileError, FormatError, IncompatibleError, UsageError
+from adapterops.files.source import LocalFile
 from adapterops.fleet.consent.policy import Consent
 from adapterops.fleet.deploy import names, verify
 from adapterops.fleet.deploy.flags import cached
@@ -25,6 +26,7 @@ from adapterops.fleet.plans.plan import Served
 from adapterops.fleet.signing.signature import signature
 from adapterops.fleet.types import Tenant
 from adapterops.formats import open_adapter_file
+from adapterops.render.fleet_deploy import page
 from adapterops.serving import ENGINES, gpu_bytes, judge
 from tests.deploying import BASE, SHAPES, Fleet, near, resolved, small
 from tests.support import dense, distance, pairs, read_peft, write_peft
@@ -257,6 +259,58 @@ def test_equal_bytes_that_must_not_be_shared_have_names_and_salts_of_their_own(t
     assert two["adapter"] == one["adapter"] + "-2" and report.salted == 2
 
 
+def test_threads_change_nothing(fleet, tmp_path):
+    other = {"model.layers.0.self_attn.q_proj": (48, 32)}  # of another model: left out in the end
+    fleet.add("f", pairs(11, other, 4, np.float16), base_model_name_or_path="")
+    fleet.group(["f"])
+    plan = fleet.plan()
+    found = [
+        adapterops.deploy(
+            plan, engine="vllm", served_base=BASE, out=tmp_path / f"on{jobs}", max_rank=16,
+            max_error=1.0, jobs=jobs,
+        ).to_dict()
+        for jobs in (1, 2, 5)
+    ]  # fmt: skip
+    assert "has out=48, in=32, other adapters of this deployment have" in found[0]["left"]["f"]
+    for one in found:
+        one["output"], one["launch"] = "", {}
+        assert one == found[0]
+    files = {str(path.relative_to(tmp_path / "on1")) for path in (tmp_path / "on1").rglob("*")}
+    for jobs in (2, 5):
+        assert files == {
+            str(path.relative_to(tmp_path / f"on{jobs}"))
+            for path in (tmp_path / f"on{jobs}").rglob("*")
+        }
+        for name in files:
+            one, other = tmp_path / "on1" / name, tmp_path / f"on{jobs}" / name
+            if one.suffix == ".safetensors":
+                assert one.read_bytes() == other.read_bytes()
+
+
+def test_what_is_copied_is_read_once(tmp_path, monkeypatch):
+    fleet = Fleet(tmp_path)
+    fleet.add("a", pairs(1, dict.fromkeys(SHAPES, (512, 512)), 128, np.float16))
+    fleet.group(["a"])
+    plan = fleet.plan()
+    size = (fleet.home("a") / "adapter_model.safetensors").stat().st_size
+    seen = []
+    pread_into = LocalFile.pread_into
+
+    def counted(self, offset, buffer):
+        if self.path.endswith("adapter_model.safetensors"):
+            seen.append(len(buffer))
+        pread_into(self, offset, buffer)
+
+    monkeypatch.setattr(LocalFile, "pread_into", counted)
+    report = deploy(plan, tmp_path / "run")
+    assert [item.how for item in report.adapters] == ["copied"] or report.adapters[
+        0
+    ].how == "cloned"
+    assert size <= sum(seen) < 1.2 * size  # headers beside
+    again = names.content(tmp_path / "run" / report.adapters[0].name)
+    assert report.adapters[0].name == names.fresh(again, ())
+
+
 def test_link_gives_originals_a_second_name(fleet, tmp_path):
     report = deploy(fleet.plan(), tmp_path / "run", link=True)
     item = next(item for item in report.adapters if item.id == "r-c")
@@ -312,26 +366,56 @@ def test_an_off_boarded_member_stops_it(fleet, tmp_path):
         deploy(plan, tmp_path / "run")
 
 
-def test_without_the_index_the_plan_knows_and_errors_are_bounded(fleet, tmp_path):
-    plan = fleet.plan(options={"removed": ["d"]})
+def test_without_the_index_nobody_knows_who_left(fleet, tmp_path):
+    plan = fleet.plan()
     (tmp_path / "fleet").rename(tmp_path / "elsewhere")
-    with pytest.raises(IncompatibleError, match="weights of d,"):
+    for dry in (False, True):
+        with pytest.raises(FileError, match="off-boarded since is not known") as caught:
+            deploy(plan, tmp_path / "run", dry_run=dry)
+        assert caught.value.exit_code == 6 and not (tmp_path / "run").exists()
+        assert "--fleet FLEET" in caught.value.hint
+    with Store.open(tmp_path / "elsewhere") as store:
+        store.forget(["a"])
+    with pytest.raises(IncompatibleError, match="weights of a,"):
+        deploy(plan, tmp_path / "run", fleet=tmp_path / "elsewhere")
+    plan = fleet.plan("plan2", options={"removed": ["d"]})
+    with pytest.raises(IncompatibleError, match="weights of d,"):  # the plan itself says it
         deploy(plan, tmp_path / "run")
-    (tmp_path / "elsewhere").rename(tmp_path / "fleet")
-    plan = fleet.plan("plan2")
-    known = deploy(plan, tmp_path / "known", max_rank=16, max_error=1.0)
-    (tmp_path / "fleet").rename(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_another_index_does_not_know_who_left(fleet, tmp_path, given):
+    plan = fleet.plan()
+    options = {"fleet": tmp_path / "fleet"} if given else {}
+    for name in ("seed", "tenants"):
+        shutil.rmtree(tmp_path / "fleet")
+        with Store.create(tmp_path / "fleet", 1 if name == "seed" else 0) as store:
+            home = str(fleet.home("a"))
+            store.put([(Tenant("a", home, home), "1", signature(home, store.seed))])
+        said = "has the seed 1, the plan 0" if name == "seed" else "does not know b, c, d, e,"
+        with pytest.raises(IncompatibleError, match=said) as caught:
+            deploy(plan, tmp_path / "run", **options)
+        assert "--fleet" in caught.value.hint
+    (tmp_path / "fleet" / "fleet.sqlite").write_bytes(b"SQLite format 3\0" + bytes(2000))
+    with pytest.raises(FormatError, match="the plan's index cannot be read"):
+        deploy(plan, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_are_bounded_where_a_tenants_own_adapter_is_gone(fleet, tmp_path):
+    plan = fleet.plan()
+    exact = deploy(plan, tmp_path / "x", "vllm", max_rank=1, max_error=2.0)
+    fleet.home("b").rename(tmp_path / "gone")
     report = deploy(plan, tmp_path / "run", "vllm", max_rank=1, max_error=2.0)
-    assert "cannot be read" in report.warnings[0]
-    exact = deploy(
-        plan, tmp_path / "x", "vllm", max_rank=1, max_error=2.0, fleet=tmp_path / "elsewhere"
-    )
+    assert any("own adapters of 1 tenants cannot be read (b)" in text for text in report.warnings)
     assert report.tenants["b"].known == "bounded" and exact.tenants["b"].known == "computed"
     assert exact.tenants["b"].error <= report.tenants["b"].error
     assert report.tenants["b"].error > report.tenants["b"].planned
-    assert known.tenants["b"].error == pytest.approx(known.tenants["b"].planned, abs=1e-9)
     with pytest.raises(IncompatibleError, match="cannot be read"):
-        deploy(plan, tmp_path / "strict", strict=True)
+        deploy(plan, tmp_path / "strict", strict=True, max_rank=1, max_error=2.0)
+    whole = deploy(plan, tmp_path / "whole", max_error=1.0)
+    assert whole.tenants["b"].known == "planned"
+    assert whole.tenants["b"].error == whole.tenants["b"].planned
 
 
 def test_a_changed_representative_stops_it(fleet, tmp_path):
@@ -492,6 +576,10 @@ def test_proposals_are_exact_and_can_be_taken(fleet, tmp_path):
     for proposal in report.proposals:
         lost = np.sqrt(sum((v[proposal.rank :] ** 2).sum() for v in values) / whole)
         assert proposal.largest == pytest.approx(float(lost), rel=1e-9)
+    assert [p.over for p in report.proposals] == [(), ()]
+    tight = deploy(plan, tmp_path / "tight", max_error=0.1)
+    assert [p.over for p in tight.proposals] == [("d",), ("d",)]
+    assert "--max-rank 16, which the bound of 0.1 may forbid for d" in page(tight, verbose=False)
     proposal = report.proposals[0]
     lost = proposal.largest
     taken = deploy(plan, tmp_path / "low", max_rank=16)

@@ -500,3 +500,15 @@ def test_adapters_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(last[3], NumericsError) and last[3].path == remote[3]
     assert fetched.count(remote[0]) == 3 and fetched.count(remote[1]) == 2
     assert list(copies.iterdir()) == []
+
+
+def test_what_is_remembered_of_layouts_is_bounded(tmp_path):
+    server = str(write_peft(tmp_path / "server", pairs(1, SHAPES, 4)))
+    members = [
+        str(write_peft(tmp_path / f"m{n}", pairs(2, SHAPES, 2), alpha=1.0 + n)) for n in range(20)
+    ]
+    own = held.Held(server, Opener(), None, 1 << 30)
+    found = own.against(members)
+    assert len(own._matches) == held._LAYOUTS < len(members)
+    for member, error in zip(members, found, strict=True):
+        assert isinstance(error, Error) and error == compare(server, member)

@@ -11,7 +11,8 @@ import pytest
 from adapterops.errors import AdapterOpsError, FormatError
 from adapterops.fleet.grouping.graph import graph
 from adapterops.fleet.grouping.groups import Group, Node, verified_groups
-from adapterops.fleet.types import Record, Tenant
+from adapterops.fleet.grouping.sets import placed
+from adapterops.fleet.types import Layout, Record, Signature, Tenant
 from adapterops.fleet.verifying.exact import Error, Result
 
 
@@ -80,3 +81,12 @@ def test_everyone_is_in_one_group_and_within_the_bound(seed: int) -> None:
             refused = wrong.get((group.center, member))
             assert not isinstance(refused, AdapterOpsError) and found.error <= 0.2
             assert member == group.center or (group.center, member) in edges
+
+
+def test_a_sketch_over_the_modules_of_another_layout() -> None:
+    onto = Layout(("a", "b", "c"), ((9, 9),) * 3, 2)
+    blocks = np.arange(32.0).reshape(2, 4, 4)
+    own = Signature("ok", layout=Layout(("b", "z"), ((9, 9),) * 2, 4), sketch=blocks)
+    found = placed(own, onto).reshape(3, 2, 2)
+    assert not found[[0, 2]].any() and np.array_equal(found[1], 2 * blocks[0, :2, :2])
+    assert placed(Signature("no-op"), onto).tolist() == [0.0] * 12

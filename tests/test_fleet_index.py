@@ -26,7 +26,8 @@ from adapterops.errors import (
 from adapterops.files.source import LocalFile
 from adapterops.fleet.indexing import index as index_module
 from adapterops.fleet.indexing import looking
-from adapterops.fleet.indexing.store import Store, open_fleet
+from adapterops.fleet.indexing.opened import open_fleet
+from adapterops.fleet.indexing.store import Store
 from tests.support import pairs, write_peft
 from tests.test_fleet_store import content
 
@@ -303,6 +304,73 @@ def test_tenants_within_the_index_are_not_left_out_in_silence(fleet):
     adapter(fleet / "in" / "extra" / "t7", 7)
     report = ao.index(fleet, pattern="*/extra/{tenant}", out=out)
     assert "1 adapters within" in report.notes[0] and "'t9'" in report.notes[0]
+
+
+def test_a_manifest_may_be_called_otherwise(fleet, read):
+    """Tenants and adapters are what they were: nothing is read, and the new list has them."""
+    old, new = fleet / "monday.csv", fleet / "tuesday.csv"
+    old.write_text("tenant,path\na,in/t0\nb,in/t1\n")
+    ao.index(manifest=old, out=fleet / "f")
+    old.rename(new)
+    read.clear()
+    report = ao.index(manifest=new, out=fleet / "f")
+    assert read == [] and report.unchanged == 2 and report.notes == ()
+    found = open_fleet(fleet / "f")
+    assert set(found.sources.values()) == {str(new)} and {place for place, _ in found.parts} == {
+        str(new)
+    }
+    new.write_text("tenant,path\na,in/t0\n")
+    assert ao.index(manifest=new, out=fleet / "f").vanished == ("b",)
+
+
+def test_what_a_renamed_manifest_leaves_out_is_said(fleet):
+    old, new = fleet / "monday.csv", fleet / "tuesday.csv"
+    old.write_text("tenant,path\na,in/t0\nb,in/t1\nc,in/t2\n")
+    ao.index(manifest=old, out=fleet / "f")
+    new.write_text("tenant,path\na,in/t0\nd,in/t3\n")
+    report = ao.index(manifest=new, out=fleet / "f")
+    assert report.tenants == 4 and report.vanished == ()
+    assert report.notes == (
+        f"2 tenants stay as {old} listed them, 'b' first: --remove takes them out",
+    )
+    again = ao.index(manifest=new, out=fleet / "f")
+    assert again.unchanged == 2 and again.notes == ()
+
+
+def test_another_adapter_in_a_renamed_manifest_is_refused(fleet):
+    old, new = fleet / "monday.csv", fleet / "tuesday.csv"
+    old.write_text("tenant,path\na,in/t0\n")
+    ao.index(manifest=old, out=fleet / "f")
+    new.write_text("tenant,path\na,in/t1\n")
+    before = content(fleet / "f")
+    with pytest.raises(UsageError, match=r"'a' is in the index from .*in/t0, and is found as .*t1"):
+        ao.index(manifest=new, out=fleet / "f")
+    assert content(fleet / "f") == before
+
+
+def test_changed_files_of_a_renamed_manifest_are_read(fleet, read):
+    old, new = fleet / "monday.csv", fleet / "tuesday.csv"
+    old.write_text("tenant,path\na,in/t0\nb,in/t1\n")
+    ao.index(manifest=old, out=fleet / "f")
+    old.rename(new)
+    adapter(fleet / "in" / "t1", 21)
+    read.clear()
+    report = ao.index(manifest=new, out=fleet / "f")
+    assert names(read) == ["t1"] and report.read == 1 and report.unchanged == 1
+
+
+def test_a_process_of_its_own_keeps_its_memory(fleet, monkeypatch):
+    """Without it every block is faulted in again: twice the time of an adapter."""
+    called = []
+    monkeypatch.setattr(looking, "keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr(looking, "threadpool_limits", lambda count: called.append(count))
+    looking._settle.cache_clear()
+    listed = index_module.tenants_of(index_module.Source((str(fleet / "in"),)), "f", print)
+    for apart in (False, True, True):
+        task = looking.Task(0, allow_pickle=False, apart=apart)
+        looking.look(task, (listed["t0"], ""))
+        assert called == ([1, "kept"] if apart else [])
+    looking._settle.cache_clear()
 
 
 def test_one_tenant_from_two_sources_is_refused(fleet):

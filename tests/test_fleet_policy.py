@@ -247,3 +247,16 @@ def test_a_hundred_thousand_tenants_with_lists_are_arrays():
     assert permissions.limits.max() == 0
     assert permissions.allowed(0, np.arange(100_000)).all()
     assert permissions.allowed(7, np.arange(100_000)).all()
+
+
+def test_a_tenant_without_a_group_under_a_default_with_one_is_remembered(tmp_path):
+    policy = Policy({"a": Rule(), "b": Rule(share_group="g")}, Rule(share_group="g"))
+    consent = Consent("group", policy)
+    again = consent_from(json.loads(json.dumps(consent.to_dict())))
+    assert again == consent and again.policy.rule("a").share_group == ""
+    assert again.key("a") != again.key("b") == again.key("c")
+    listed = '[{"tenant": "*", "share_group": "g"}, {"tenant": "a", "share_group": ""}]'
+    read = read_policy(written(tmp_path, listed, "a.json"))
+    assert read.rule("a") == Rule() and read.rule("c") == Rule(share_group="g")
+    blank = read_policy(written(tmp_path, HEADER + "*,,g,,\na,,,,\n"))
+    assert blank.rule("a") == Rule(share_group="g")

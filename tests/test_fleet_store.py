@@ -21,7 +21,8 @@ from adapterops.errors import (
 from adapterops.fleet.indexing import chunks, schema
 from adapterops.fleet.indexing.chunks import Arrays, open_chunk, write_chunk
 from adapterops.fleet.indexing.lineage import components
-from adapterops.fleet.indexing.store import Store, open_fleet
+from adapterops.fleet.indexing.opened import open_fleet
+from adapterops.fleet.indexing.store import Store
 from adapterops.fleet.types import Layout, Signature, Tenant
 
 STEMS = ("m.0.q", "m.1.q", "m.2.v")
@@ -419,7 +420,7 @@ def test_vanished_tenants_come_back_without_being_read(tmp_path):
     fleet = open_fleet(tmp_path / "f")
     assert fleet.vanished == {"t0001"} and len(fleet.records) == 2
     with Store.open(tmp_path / "f") as store:
-        store.update([tenant("t0001", 7.0)])
+        store.update([(tenant("t0001", 7.0), "/in")])
     fleet = open_fleet(tmp_path / "f")
     assert not fleet.vanished and fleet.records[1].tenant.traffic == 7.0
     assert fleet.records[1].row >= 0

@@ -21,9 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 import adapterops as ao
-from adapterops.errors import FileError, OutputExistsError
+from adapterops.cli import app
+from adapterops.errors import FileError, OutputExistsError, UsageError
 from adapterops.files.header import layout
 from adapterops.files.output import SIDECAR, stage
 from adapterops.files.source import LocalFile, read_bytes, read_header
@@ -379,6 +382,40 @@ def test_an_input_is_never_the_output(inputs, out, tmp_path, adapters):
             out=tmp_path / out,
             overwrite=True,
         )
+    assert state(tmp_path) == before
+
+
+VERBS = {
+    "merge": "merge a",
+    "compress": "compress a --rank 1",
+    "compress, many": "compress a k.safetensors --rank 1",
+    "convert": "convert a --dtype bf16",
+    "index": "index a",
+    "index, edited": "index --remove a",
+    "cluster": "cluster fleet",
+    "assign": "assign plan b=a",
+    "deploy": "deploy plan --engine vllm --served-base m",
+    "report": "report plan",
+    "extract": "extract base base --rank 1",
+    "bake": "bake base a",
+    "unbake": "unbake baked",
+}
+
+
+@pytest.mark.parametrize("command", VERBS.values(), ids=VERBS)
+def test_an_output_without_a_name_is_no_output(command, tmp_path, adapters, monkeypatch):
+    """The folder that a command is run in is never what an empty name stands for."""
+    subprocess.run(["cp", "-r", f"{adapters}/.", tmp_path], check=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    save_file({"m.q_proj.weight": np.ones((8, 6), np.float32)}, "base/model.safetensors")
+    ao.bake("base", ["a"], out="baked", reversible=True)
+    ao.index("a", out="fleet")
+    ao.cluster("fleet", out="plan")
+    before = state(tmp_path)
+    done = CliRunner().invoke(app, [*command.split(), "-o", ""])
+    assert isinstance(done.exception, UsageError), done.output
+    assert str(done.exception) == "the output '' is no file name; -o PATH"
     assert state(tmp_path) == before
 
 

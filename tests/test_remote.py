@@ -415,16 +415,24 @@ def test_a_temporary_folder_that_cannot_be_made(monkeypatch):
     ("missing", "uri", "words"),
     [
         ("fsspec", "s3://bucket/a", r"pip install 'adapterops\[s3\]'"),
-        ("fsspec", "gs://bucket/a", r"pip install 'adapterops\[remote\]'"),
+        ("fsspec", "gs://bucket/a", r"pip install 'adapterops\[remote\]' gcsfs"),
+        ("fsspec", "hf://owner/name", r"pip install 'adapterops\[remote\]' huggingface_hub"),
+        ("fsspec", "memory://a", r"pip install 'adapterops\[remote\]'$"),
         ("s3fs", "s3://bucket/a", r"pip install 'adapterops\[s3\]'"),
-        ("gcsfs", "gs://bucket/a", "gs:// cannot be opened: .*gcsfs"),
+        ("gcsfs", "gs://bucket/a", "gs:// cannot be opened: .*; pip install .* gcsfs"),
+        (
+            "huggingface_hub",
+            "hf://owner/name",
+            "cannot be opened: .*; pip install .* huggingface_h",
+        ),
         ("", "nosuch://bucket/a", "cannot be opened: .*nosuch"),
     ],
 )
 def test_a_missing_package_is_named(monkeypatch, missing, uri, words):
     if missing:
         monkeypatch.setitem(sys.modules, missing, None)
-        monkeypatch.delitem(_registry, "s3", raising=False)
+        for protocol in ("s3", "gs", "hf"):
+            monkeypatch.delitem(_registry, protocol, raising=False)
     with pytest.raises(UsageError, match=words):
         listing(uri)
 

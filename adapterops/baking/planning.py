@@ -17,10 +17,10 @@ from adapterops.basemodel import BaseModel
 from adapterops.casts import format_name
 from adapterops.changes.mapping import changes
 from adapterops.changes.targets import Changes
-from adapterops.errors import BudgetError, NumericsError, UsageError
+from adapterops.errors import BudgetError, NumericsError
 from adapterops.extras import Policy
 from adapterops.files import checkpoint
-from adapterops.files.output import check_output, check_outside
+from adapterops.files.output import check_output, check_outside, resolved
 from adapterops.formats.model import AdapterFile
 from adapterops.prepare import origins_of
 from adapterops.provenance import Provenance, given_alphas
@@ -80,8 +80,7 @@ def planned(
 
     Raises what it raises, but for what only the whole shows.
     """
-    if not out:
-        raise UsageError("the output has no name", hint="-o PATH")
+    resolved(out)  # or UsageError
     given = Path(base.path)
     is_directory = given.is_dir() or checkpoint.is_index(given)
     final = out if is_directory or out.endswith(".safetensors") else f"{out}.safetensors"

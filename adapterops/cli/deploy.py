@@ -23,7 +23,7 @@ from adapterops.cli.options import run_options
 )
 @click.option("-o", "--output", required=True, metavar="DIR", help="The deployment to write.")
 @click.option("--previous", metavar="DIR", help="The deployment that runs now.")
-@click.option("--fleet", metavar="FLEET", help="The index, where the plan does not find it.")
+@click.option("--fleet", metavar="FLEET", help="The plan's index, where it was moved to.")
 @click.option("--base", metavar="PATH", help="The base model: headers, or config.json.")
 @click.option("--activations", metavar="FILE", help="Inputs by module, of an activation plan.")
 @click.option(
@@ -82,8 +82,8 @@ def command(
     DIR/routes.json tenant -> model, with a random cache_salt where tenants share an adapter
     DIR/litellm.yaml the same for a LiteLLM proxy; the engine is at $API_BASE, its key $API_KEY
 
-    Every tenant's error is computed again on the bytes written. Originals are not touched;
-    rollback is the previous DIR.
+    Every tenant's error is computed again on the bytes written. The plan's index must be there: it
+    knows who was off-boarded since. Originals are not touched; rollback is the previous DIR.
     """
     from adapterops.render.progress import reporter
     from adapterops.verbs.deploy import deploy

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from adapterops.errors import FileError, FormatError, OutputExistsError
+from adapterops.errors import FileError, FormatError, OutputExistsError, UsageError
 from adapterops.files.header import Entry
 from adapterops.files.publish import (
     alone,
@@ -128,7 +128,8 @@ class Staging:
 def stage(out: str | os.PathLike[str], *, directory: bool, overwrite: bool) -> Iterator[Staging]:
     """Stage `out`; commit on a clean exit, leave no trace otherwise.
 
-    Raises OutputExistsError, and FileError for whatever the operating system refuses.
+    Raises OutputExistsError, UsageError for an empty name, and FileError for whatever the operating
+    system refuses.
     """
     final = check_output(out, directory=directory, overwrite=overwrite)
     staging = None
@@ -147,8 +148,16 @@ def stage(out: str | os.PathLike[str], *, directory: bool, overwrite: bool) -> I
         raise
 
 
+def resolved(out: str | os.PathLike[str]) -> Path:
+    """The path to write, links resolved. Raises UsageError for "", which would be this folder."""
+    name = os.fspath(out)
+    if not name or "\0" in name:
+        raise UsageError(f"the output {name!r} is no file name", hint="-o PATH")
+    return Path(os.path.realpath(out))
+
+
 def check_output(out: str | os.PathLike[str], *, directory: bool, overwrite: bool) -> Path:
-    """The path to write, links resolved; refuses one that exists and must not be replaced."""
+    """`resolved`, of what may be written; refuses what exists and must not be replaced."""
     try:
         return _checked(out, directory, overwrite)
     except FileError:
@@ -158,7 +167,7 @@ def check_output(out: str | os.PathLike[str], *, directory: bool, overwrite: boo
 
 
 def _checked(out: str | os.PathLike[str], directory: bool, overwrite: bool) -> Path:
-    final = Path(os.path.realpath(out))
+    final = resolved(out)
     if not final.parent.is_dir():
         raise FileError(
             f"the folder {final.parent.name!r} of the output does not exist", path=os.fspath(out)
@@ -192,7 +201,7 @@ def _checked(out: str | os.PathLike[str], directory: bool, overwrite: bool) -> P
 
 def check_outside(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
     """Raise OutputExistsError for an output that is, lies inside or contains an input."""
-    final = Path(os.path.realpath(out))
+    final = resolved(out)
     for path in inputs:
         place = Path(os.path.realpath(path))
         inside = place in final.parents and place.is_dir()

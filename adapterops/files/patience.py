@@ -47,6 +47,13 @@ _BROKEN = {
     "ResponseParserError",
     "TransportError",
 }
+# What opens a protocol, as pip takes it; fsspec says only sometimes what it could not import.
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "'adapterops[s3]'"),
+    **dict.fromkeys(("gs", "gcs"), "'adapterops[remote]' gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "'adapterops[remote]' adlfs"),
+    "hf": "'adapterops[remote]' huggingface_hub",
+}
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}
 
 
@@ -74,12 +81,12 @@ def patiently(call: Callable[[], T], where: str) -> T:
 def missing_package(where: str, error: ImportError) -> UsageError:
     """What to install for a URI whose file system cannot be imported."""
     protocol = where.partition("://")[0]
-    extra = "s3" if protocol in ("s3", "s3a") else "remote" if error.name == "fsspec" else None
-    wanted = f"adapterops[{extra}]" if extra else error.name
+    own = "'adapterops[remote]'" if error.name == "fsspec" else error.name
+    wanted = _PACKAGES.get(protocol, own)
     return UsageError(
         f"{protocol}:// cannot be opened: {error}",
         path=where,
-        hint=f"pip install '{wanted}'" if wanted else None,
+        hint=f"pip install {wanted}" if wanted else None,
     )
 
 

@@ -67,7 +67,7 @@ def tradeoff(report: FleetReport) -> str:
 
 def spread(report: FleetReport) -> str:
     """Every tenant's error, largest first, and the foreign part of it, under the bound."""
-    ordered = sorted(report.served.values(), key=lambda item: -item.counted)
+    ordered = sorted(report.served.values(), key=lambda item: -report.counted(item))
     count = len(ordered)
     step = max(1, math.ceil(count / _DRAWN))
     kept = [*range(0, count, step), count] if count else []
@@ -76,7 +76,7 @@ def spread(report: FleetReport) -> str:
     across, up = _scales(max(count, 1), tallest)
     parts = [_axes(across, up, max(count, 1), tallest, "tenants, largest error first")]
     for name, values in (
-        ("largest", [item.counted for item in ordered]),
+        ("largest", [report.counted(item) for item in ordered]),
         ("foreign", [item.foreign for item in ordered]),
     ):
         stairs: list[tuple[float, float]] = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from adapterops.fleet.plans.outcome import ClusterReport, Spread
-from adapterops.render.tables import figure, percent
+from adapterops.render.fleet_words import cosines_of
+from adapterops.render.tables import percent
 from adapterops.render.text import count, drawn, grid, megabytes, safe
 
 _GROUPS = 8
@@ -93,9 +94,8 @@ def _print_rest(console: Any, report: ClusterReport, verbose: bool) -> None:
         names = ", ".join(map(safe, list(report.excluded)[:3]))
         console.print(f"{count(len(report.excluded), 'tenant')} without an adapter: {names}")
     for group in report.related if verbose else report.related[:_RELATED]:
-        low, high = group.cosines
         console.print(
-            f"related by {group.by}, cosine {figure(low, 2)} to {figure(high, 2)}: "
+            f"related by {group.by}, cosine {cosines_of(group)}: "
             f"{', '.join(map(safe, group.members[:6]))}"
             + (f" and {len(group.members) - 6} more" if len(group.members) > 6 else "")
         )

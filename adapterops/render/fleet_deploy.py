@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from adapterops.fleet.deploy.report import DeployReport
+from adapterops.fleet.deploy.report import DeployReport, Proposal
 from adapterops.render.tables import percent
 from adapterops.render.text import count, drawn, grid, megabytes, safe
 
@@ -74,12 +74,12 @@ def _adapters(console: Any, report: DeployReport, verbose: bool) -> None:
 
 
 def _tenants(console: Any, report: DeployReport, verbose: bool) -> None:
-    errors = sorted(report.tenants.items(), key=lambda pair: (-pair[1].counted, pair[0]))
-    changed = [pair for pair in errors if pair[1].counted > pair[1].floor]
+    errors = sorted(report.tenants.items(), key=lambda pair: (-report.counted(pair[1]), pair[0]))
+    changed = [pair for pair in errors if report.counted(pair[1]) > pair[1].floor]
     if changed:
         limit = "" if report.limit is None else f", the bound is {percent(report.limit)}"
         console.print(
-            f"largest error of a tenant {percent(changed[0][1].counted)} ({report.metric})"
+            f"largest error of a tenant {percent(report.counted(changed[0][1]))} ({report.metric})"
             f"{limit}; {count(len(errors) - len(changed), 'tenant')} without any"
         )
     shown = errors if verbose else changed[:_SHOWN]
@@ -89,7 +89,7 @@ def _tenants(console: Any, report: DeployReport, verbose: bool) -> None:
     for tenant, item in shown:
         table.add_row(
             safe(tenant),
-            percent(item.counted, item.floor),
+            percent(report.counted(item), item.floor),
             percent(item.planned, item.floor),
             percent(item.foreign, item.floor),
             item.known,
@@ -113,8 +113,17 @@ def _memory(console: Any, report: DeployReport) -> None:
         held = "adapter holds" if len(item.errors) == 1 else "adapters hold"
         console.print(
             f"{len(item.errors)} {held} the fleet at {item.now}; at {item.rank} they lose at most "
-            f"{percent(item.largest)}{saved}: --max-rank {item.rank}"
+            f"{percent(item.largest)}{saved}: --max-rank {item.rank}{_over(item, report.limit)}"
         )
+
+
+def _over(item: Proposal, limit: float | None) -> str:
+    """Whose bound a lower rank may break."""
+    if not item.over or limit is None:
+        return ""
+    shown = ", ".join(map(safe, item.over[:_SHOWN]))
+    more = f" and {len(item.over) - _SHOWN:,} more" if len(item.over) > _SHOWN else ""
+    return f", which the bound of {limit:g} may forbid for {shown}{more}"
 
 
 def _side(size: int | None, adapters: int, rank: int) -> str:

@@ -13,7 +13,6 @@ from adapterops.render.text import printable
 ROWS = 20_000  # of a table: beyond, a page takes too long to open
 _DIGITS = 6
 _NONE = -128
-SHARES = "shares: "
 
 
 class _Words:
@@ -40,14 +39,14 @@ def columns(report: FleetReport, rows: int = ROWS) -> dict[str, Any]:
     """
     words = _Words()
     reps = report.groups
-    found = sorted(report.served.items(), key=lambda pair: (-pair[1].counted, pair[0]))
+    found = sorted(report.served.items(), key=lambda pair: (-report.counted(pair[1]), pair[0]))
     lost = sorted(report.excluded.items())
     shown = found[: max(rows - len(lost), 0)]
     tenants = {
         "name": [printable(name) for name, _ in lost[:rows]] + [printable(n) for n, _ in shown],
         **_tenant_columns(len(lost[:rows]), [item for _, item in shown], words),
         "reason": [words(reason) for _, reason in lost[:rows]]
-        + [words("shares" if x.reason.startswith(SHARES) else x.reason) for _, x in shown],
+        + [words(x.reason) for _, x in shown],
     }
     kept = reps[:rows]
     adapters = {
@@ -57,7 +56,7 @@ def columns(report: FleetReport, rows: int = ROWS) -> dict[str, Any]:
         "traffic": _short(sum(report.served[n].traffic for n in rep.members) for rep in kept),
         "rank": [rep.rank for rep in kept],
         "size": [rep.size for rep in kept],
-        "error": _short(report.error_of(rep, lambda item: item.counted) for rep in kept),
+        "error": _short(report.error_of(rep, report.counted) for rep in kept),
         "foreign": _short(report.error_of(rep, lambda item: item.foreign) for rep in kept),
         "bound": [None if rep.bound is None else _digits(rep.bound) for rep in kept],
         "only": [printable(rep.members[0]) if len(rep.members) == 1 else "" for rep in kept],

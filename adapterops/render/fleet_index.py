@@ -36,6 +36,14 @@ def _groups(report: IndexReport, verbose: bool) -> Iterator[str]:
             count(len(report.duplicates), "adapter")
         )
         yield from _lists(report.duplicates, verbose)
+    if report.near_duplicates:
+        near = sum(map(len, report.near_duplicates))
+        yield (
+            f"re-factored or near duplicates: {near:,} tenants in "
+            f"{count(len(report.near_duplicates), 'group')} of other bytes, one ΔW to 0.1 %: "
+            "candidates by sketch, not verified"
+        )
+        yield from _lists(report.near_duplicates, verbose)
     if report.no_ops:
         yield f"no-ops, which change nothing: {_names(report.no_ops, verbose)}"
     if report.lineages:

@@ -12,6 +12,7 @@ from adapterops.render.fleet_words import (
 )
 from adapterops.render.fleet_words import (
     MEANINGS,
+    cosines_of,
     headline,
     kind_of,
     lead,
@@ -110,7 +111,7 @@ def _adapters(report: FleetReport) -> str:
             f"{len(rep.members):,}",
             f"{rep.rank}",
             size(rep.size),
-            percent(report.error_of(rep, lambda item: item.counted)),
+            percent(report.error_of(rep, report.counted)),
             percent(report.error_of(rep, lambda item: item.foreign)),
             plain(rep.reason),
         )
@@ -122,11 +123,11 @@ def _adapters(report: FleetReport) -> str:
 
 
 def _tenants(report: FleetReport) -> list[str]:
-    ordered = sorted(report.served.items(), key=lambda pair: (-pair[1].counted, pair[0]))
+    ordered = sorted(report.served.items(), key=lambda pair: (-report.counted(pair[1]), pair[0]))
     rows = [
         (
             plain(name),
-            percent(item.counted),
+            percent(report.counted(item)),
             percent(item.missing),
             percent(item.foreign),
             f"{item.cosine:.4g}",
@@ -159,8 +160,7 @@ def _related(report: FleetReport) -> list[str]:
     if not report.related:
         return [f"None stand out at a false discovery rate of {percent(report.discovery)}."]
     lines = [
-        f"- by {kind_of(group)}, cosine {group.cosines[0]:.2f} to {group.cosines[1]:.2f}: "
-        f"{_some(group.members)}"
+        f"- by {kind_of(group)}, cosine {cosines_of(group)}: {_some(group.members)}"
         for group in report.related[:_GROUPS]
     ]
     return [related_words(report), "\n".join(lines)]

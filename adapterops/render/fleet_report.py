@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from adapterops.errors import UsageError
-from adapterops.files.output import check_output, stage
+from adapterops.files.output import check_output, resolved, stage
 from adapterops.fleet.deploy.report import GpuBytes
 from adapterops.fleet.summary.served import FATES, FleetReport
 from adapterops.render import fleet_words, markup
@@ -26,6 +26,7 @@ def check_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
 
     Raises UsageError for another ending than .html, .md or .json, OutputExistsError, FileError.
     """
+    resolved(path)
     _kind(path)
     check_output(path, directory=False, overwrite=overwrite)
 
@@ -96,15 +97,15 @@ def _print_adapters(console: Any, report: FleetReport, verbose: bool) -> None:
             f"{len(rep.members):,}",
             f"{rep.rank}",
             megabytes(rep.size),
-            percent(report.error_of(rep, lambda item: item.counted)),
+            percent(report.error_of(rep, report.counted)),
             percent(report.error_of(rep, lambda item: item.foreign)),
         )
     console.print(table)
 
 
 def _print_tenants(console: Any, report: FleetReport, verbose: bool) -> None:
-    ordered = sorted(report.served.items(), key=lambda pair: (-pair[1].counted, pair[0]))
-    shown = [pair for pair in ordered if verbose or pair[1].counted > 0]
+    ordered = sorted(report.served.items(), key=lambda pair: (-report.counted(pair[1]), pair[0]))
+    shown = [pair for pair in ordered if verbose or report.counted(pair[1]) > 0]
     more = len(ordered) - _TENANTS
     if not verbose:
         shown = shown[:_TENANTS]
@@ -115,7 +116,7 @@ def _print_tenants(console: Any, report: FleetReport, verbose: bool) -> None:
     for name, item in shown:
         table.add_row(
             safe(name),
-            percent(item.counted),
+            percent(report.counted(item)),
             percent(item.missing),
             percent(item.foreign),
             f"{item.cosine:.4g}",
@@ -132,9 +133,8 @@ def _print_rest(console: Any, report: FleetReport, verbose: bool) -> None:
     for name, reason in list(report.excluded.items())[: None if verbose else _NAMES]:
         console.print(f"without an adapter: {safe(name)}: {safe(reason)}")
     for group in report.related[: None if verbose else _GROUPS]:
-        low, high = group.cosines
         console.print(
-            f"related by {fleet_words.kind_of(group)}, cosine {low:.2f} to {high:.2f}: "
+            f"related by {fleet_words.kind_of(group)}, cosine {fleet_words.cosines_of(group)}: "
             f"{_some(group.members)}"
         )
     if report.related:

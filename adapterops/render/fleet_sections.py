@@ -8,7 +8,7 @@ from html import escape
 from adapterops.fleet.deploy.report import GpuBytes
 from adapterops.fleet.summary.served import FATES, FleetReport
 from adapterops.render import fleet_words
-from adapterops.render.fleet_words import MEANINGS, kind_of, related_words
+from adapterops.render.fleet_words import MEANINGS, cosines_of, kind_of, related_words
 from adapterops.render.markup import percent, size, text
 from adapterops.render.text import count
 
@@ -90,8 +90,7 @@ def related(report: FleetReport) -> str:
         return f"<p>No group stands out at a false discovery rate of {rate}.</p>"
     groups = [
         _listed(
-            f"<b>{len(group.members):,}</b> by {kind_of(group)}, cosine "
-            f"{group.cosines[0]:.2f} to {group.cosines[1]:.2f}"
+            f"<b>{len(group.members):,}</b> by {kind_of(group)}, cosine {cosines_of(group)}"
             + (f", {group.grouped:,} share an adapter already" if group.grouped > 1 else ""),
             group.members,
         )

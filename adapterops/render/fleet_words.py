@@ -91,10 +91,18 @@ def related_words(report: FleetReport) -> str:
     """What related tenants are, and how many of them may be so by chance."""
     return (
         f"{count(len(report.related), 'group')} whose similarity stands out from this fleet's own "
-        f"background, at a false discovery rate of {percent(report.discovery)}: of the pairs "
-        "found, that share is expected to be chance. They are candidates for training together; "
-        "nothing is promised of sharing one adapter as they are."
+        f"background, at a nominal false discovery rate of {percent(report.discovery)}: of the "
+        "pairs found, of all partitions and by both kinds together, that share is expected to be "
+        "chance, as far as the fleet's other pairs are unrelated and no more dependent than those "
+        "of simulated fleets. They are candidates for training together; nothing is promised of "
+        "sharing one adapter as they are."
     )
+
+
+def cosines_of(group: Related) -> str:
+    """The lowest and highest cosine of a group, once where they are the same."""
+    low, high = (f"{each:.2f}" for each in group.cosines)
+    return low if low == high else f"{low} to {high}"
 
 
 def kind_of(group: Related) -> str:

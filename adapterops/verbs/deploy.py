@@ -56,7 +56,8 @@ def deploy(
         out: the directory to write.
         previous: the deployment that runs now: tenants that stay on an adapter keep their salts,
             and the report says which adapters are new, kept and gone.
-        fleet: the index, where it is not where the plan says; it knows who was off-boarded.
+        fleet: the index, where it is not where the plan says. It must be the plan's own, for it
+            knows who was off-boarded since.
         base: the base model, a checkpoint or config.json, for the shapes of modules that the
             engine needs and no adapter has.
         activations: inputs by module, of a plan whose errors are of outputs.
@@ -72,8 +73,9 @@ def deploy(
 
     Raises:
         AdapterOpsError: one of the tree in `adapterops.errors`, among them IncompatibleError for a
-            plan that holds weights of an off-boarded tenant or has changed, BudgetError for an
-            error above the bound. Nothing is written then.
+            plan that holds weights of an off-boarded tenant, has changed or is of another index,
+            FileError where the index is gone, BudgetError for an error above the bound. Nothing is
+            written then.
     """
     engine_named(engine)
     if not isinstance(served_base, str) or not served_base.strip():

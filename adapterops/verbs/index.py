@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from adapterops.errors import UsageError
+from adapterops.files.output import resolved
+from adapterops.fleet.indexing.alike import alike
 from adapterops.fleet.indexing.creating import has_index
-from adapterops.fleet.indexing.index import Done, Source, index_source, tenants_of
+from adapterops.fleet.indexing.index import Done, index_source, tenants_of
 from adapterops.fleet.indexing.merging import check_seed, merge_fleets, open_parts
 from adapterops.fleet.indexing.opened import open_fleet
 from adapterops.fleet.indexing.report import IndexReport, report
+from adapterops.fleet.indexing.sources import Source
 from adapterops.fleet.indexing.store import Store
 from adapterops.fleet.ray_run import run_by
 from adapterops.options import as_seed, compute
@@ -69,6 +72,7 @@ def index(
             index, and the same call goes on from there.
     """
     out = os.fspath(out)
+    resolved(out)  # or UsageError, before anything is looked for
     roots = [source] if isinstance(source, str | os.PathLike) else list(source)
     paths = tuple(os.fspath(root) for root in roots)
     removing, restoring = _names(remove), _names(restore)
@@ -99,9 +103,13 @@ def index(
                     strict=strict,
                     allow_pickle=allow_pickle,
                     progress=progress,
+                    note=notes.append,
                 )
+            fleet = open_fleet(out)
+            beside = alike(fleet, store)
     return report(
-        open_fleet(out),
+        fleet,
+        beside,
         done,
         time.monotonic() - start,
         removed=removing,

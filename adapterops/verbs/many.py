@@ -19,6 +19,7 @@ from adapterops.batch.run import width_for
 from adapterops.batch.search import WEIGHTS
 from adapterops.certificate import PlanReport, Report
 from adapterops.errors import AdapterOpsError, FinishedError, OutputExistsError, UsageError
+from adapterops.files.output import resolved
 from adapterops.formats.locate import locate
 from adapterops.formats.names import DIRECTORIES
 from adapterops.options import compute, parse_size
@@ -150,7 +151,7 @@ def find_inputs(
 
 
 def _check_apart(roots: Iterable[str], out: str | os.PathLike[str]) -> None:
-    target = os.path.realpath(out)
+    target = os.fspath(resolved(out))
     for root in dict.fromkeys(roots):
         if os.path.commonpath([target, os.path.realpath(root)]) == target:
             raise OutputExistsError(

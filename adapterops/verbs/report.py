@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from adapterops.basemodel.shapes import load
-from adapterops.errors import UsageError
+from adapterops.errors import AdapterOpsError, UsageError
 from adapterops.files.output import SIDECAR
-from adapterops.fleet.deploy.checks import index_of
+from adapterops.fleet.plans.offboarded import index_of
 from adapterops.fleet.plans.plandiff import diff
 from adapterops.fleet.plans.planfile import plan_folder, read_plan
 from adapterops.fleet.summary.served import FleetReport, summary
@@ -18,7 +18,6 @@ from adapterops.options import is_whole
 from adapterops.serving.objections import engine_named
 
 _Path = str | os.PathLike[str]
-_NO_INDEX = "the index {} cannot be read: no similarities, no GPU bytes; --fleet names it"
 
 
 def report(
@@ -51,7 +50,13 @@ def report(
     if not is_whole(max_loras) or max_loras < 1:
         raise UsageError(f"--max-loras {max_loras!r}: expected a whole number of at least 1")
     found = read_plan(plan)
-    index, unread = index_of(found, plan, None if fleet is None else os.fspath(fleet))
+    index, warnings = None, []
+    try:
+        index = index_of(found, None if fleet is None else os.fspath(fleet))
+    except AdapterOpsError as error:
+        if fleet is not None:
+            raise
+        warnings.append(f"no similarities, no GPU bytes: {error}")
     shapes = None if base is None else load(os.fspath(base)).shapes
     changes = _recorded(plan) if previous is None else diff(read_plan(previous), found).to_dict()
     return summary(
@@ -62,7 +67,7 @@ def report(
         slots=int(max_loras),
         base=shapes,
         changes=changes,
-        warnings=(_NO_INDEX.format(found.fleet or "(none)"),) if unread else (),
+        warnings=warnings,
     )
 
 

@@ -9,7 +9,8 @@
 Columns may stand in any order or be left out; a blank is the default, which the row `*` may set for
 all tenants. `may_be_served_by` is a list separated by `;` of tenants and of share groups, these
 written `group:NAME`; `*` is anyone. In JSON the same keys stand in a list of objects or in one
-object by tenant; lists may be JSON lists, null is the default and [] is nobody else.
+object by tenant; lists may be JSON lists, null is the default, [] is nobody else, and a share_group
+of "" is none.
 """
 
 from __future__ import annotations
@@ -211,7 +212,11 @@ def _entries(document: Any, path: str | None) -> Iterator[_Row]:
         tenant = values.pop("tenant", "")
         if not isinstance(tenant, str) or not tenant:
             _bad(f"{place}: names no tenant", path)
-        told = {key: value for key, value in values.items() if value is not None and value != ""}
+        told = {
+            key: value
+            for key, value in values.items()
+            if value is not None and (value != "" or key == "share_group")
+        }
         yield _Row(tenant, told, place)
 
 

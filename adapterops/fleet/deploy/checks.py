@@ -1,72 +1,18 @@
-"""What must still be true of a plan when it is deployed: its members, its base, its files."""
+"""What must still be true of a plan when it is deployed: its base, its files."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from adapterops.errors import AdapterOpsError, IncompatibleError
-from adapterops.fleet.indexing.store import Fleet, open_fleet
+from adapterops.errors import IncompatibleError
+from adapterops.fleet.plans.offboarded import AGAIN, some
 from adapterops.fleet.plans.plan import Plan, Representative
-from adapterops.fleet.plans.planfile import plan_folder
 
-_SHOWN = 5
 _UNREAD = (
     "was not read when it was planned, so neither its base nor what it does is known; index it "
     "with --allow-pickle and plan again"
 )
-
-
-def some(names: Collection[str]) -> str:
-    """The first of some names, sorted, and how many more there are."""
-    shown = ", ".join(sorted(names)[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
-
-
-def index_of(
-    plan: Plan, path: str | os.PathLike[str], given: str | None
-) -> tuple[Fleet | None, str]:
-    """The index that a plan was made from, and a warning where it cannot be had.
-
-    `given` is where the user says it is: its errors are raised. Else it is looked for where the
-    plan says, from here and from the plan's folder.
-    """
-    if given is not None:
-        return open_fleet(given), ""
-    beside = os.path.join(plan_folder(path).parent, plan.fleet)
-    reason = "the plan names none"
-    for place in dict.fromkeys((plan.fleet, beside)):
-        if not plan.fleet:
-            break
-        try:
-            return open_fleet(place), ""
-        except AdapterOpsError as error:
-            reason = error.message
-    return None, (
-        f"the index {plan.fleet or '(none)'} cannot be read ({reason}): whether tenants were "
-        "off-boarded since is not known, and errors are bounded instead of computed; --fleet names "
-        "it"
-    )
-
-
-def check_members(plan: Plan, removed: Collection[str]) -> None:
-    """Raise IncompatibleError where the plan holds weights of, or serves, an off-boarded tenant."""
-    gone = set(removed)
-    for rep in plan.representatives.values():
-        held = gone & set(rep.holds)
-        if held:
-            raise IncompatibleError(
-                f"the representative {rep.id} still holds weights of {some(held)}, off-boarded "
-                "since the plan was made",
-                hint="plan again: cluster FLEET --previous PLAN -o PLAN2",
-            )
-    served = gone & plan.served.keys()
-    if served:
-        raise IncompatibleError(
-            f"the plan still serves {some(served)}, off-boarded since it was made",
-            hint="plan again: cluster FLEET --previous PLAN -o PLAN2",
-        )
 
 
 def check_content(rep: Representative, found: str) -> None:
@@ -76,7 +22,7 @@ def check_content(rep: Representative, found: str) -> None:
             f"the representative {rep.id} has changed since it was planned: its content is "
             f"{found[:12]}, the plan's {rep.content[:12]}",
             path=rep.path,
-            hint="run index again and plan again: cluster FLEET --previous PLAN -o PLAN2",
+            hint=f"run index again and {AGAIN}",
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from adapterops.fleet.deploy.memory import Held, Shapes, gpu, prepared, width
 from adapterops.fleet.deploy.report import GpuBytes
 from adapterops.fleet.deploy.writing import Written
-from adapterops.fleet.indexing.store import Fleet
+from adapterops.fleet.indexing.opened import Fleet
 from adapterops.fleet.plans.plan import Served
 from adapterops.serving.model import Engine
 from adapterops.serving.scales import leaf
@@ -38,7 +38,7 @@ def homes(index: Fleet) -> dict[str, str]:
 def cost(
     served: Mapping[str, Served],
     engine: Engine,
-    index: Fleet | None,
+    index: Fleet,
     base: BaseShapes | None,
     slots: int,
     done: Written,
@@ -52,39 +52,32 @@ def cost(
     )
     layouts = _layouts(served, index)
     every = dict(mine)
-    if index is not None:
-        for number in set(layouts.values()):
-            layout = index.layouts[number]
-            every |= dict(zip(layout.stems, layout.shapes, strict=True))
+    for number in set(layouts.values()):
+        layout = index.layouts[number]
+        every |= dict(zip(layout.stems, layout.shapes, strict=True))
     shapes, note = prepared(every, base) if engine.memory == "slots" else (every, "")
-    before = _before(served, index, layouts, engine)
+    before = _before(served, index, layouts)
     targets = tuple(sorted({leaf(stem).partition("[")[0] for stem in mine}))
     return Cost(gpu(engine, before, held, shapes, slots), held, shapes, targets, note)
 
 
-def _layouts(served: Mapping[str, Served], index: Fleet | None) -> dict[str, int]:
+def _layouts(served: Mapping[str, Served], index: Fleet) -> dict[str, int]:
     """tenant -> layout of its own adapter, for those that have one."""
-    records = index.records if index is not None else ()
     return {
         record.tenant.name: record.layout
-        for record in records
+        for record in index.records
         if record.layout >= 0 and record.tenant.name in served
     }
 
 
-def _before(
-    served: Mapping[str, Served], index: Fleet | None, layouts: Mapping[str, int], engine: Engine
-) -> list[Held] | None:
-    """The tenants' own adapters, most traffic first; None where their sizes are not known.
+def _before(served: Mapping[str, Served], index: Fleet, layouts: Mapping[str, int]) -> list[Held]:
+    """The tenants' own adapters, most traffic first.
 
     The index has no modules whose change is zero, so loaded adapters count a little too low.
     """
-    if index is None and engine.memory != "slots":
-        return None
     widths = {}
-    if index is not None:
-        for number in set(layouts.values()):
-            layout = index.layouts[number]
-            widths[number] = sum(out + columns for out, columns in layout.shapes)
+    for number in set(layouts.values()):
+        layout = index.layouts[number]
+        widths[number] = sum(out + columns for out, columns in layout.shapes)
     ordered = sorted(served.items(), key=lambda pair: (-pair[1].traffic, pair[0]))
     return [Held(item.rank, widths.get(layouts.get(tenant, -1), 0)) for tenant, item in ordered]

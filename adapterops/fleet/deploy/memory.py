@@ -71,25 +71,23 @@ def width(shapes: Shapes) -> int:
 
 def gpu(
     engine: Engine,
-    before: Sequence[Held] | None,
+    before: Sequence[Held],
     after: Sequence[Held],
     shapes: Shapes,
     slots: int,
 ) -> GpuBytes:
     """Memory before and after with at most `slots` adapters on the GPU.
 
-    `shapes` are the modules that slots are reserved for; `before` is None where the tenants' own
-    adapters are not known.
+    `shapes` are the modules that slots are reserved for.
     """
-    held = tuple(before or ())
     return GpuBytes(
         engine.memory,
         _FORMULAS[engine.memory],
-        None if before is None else needed(engine, held, shapes, slots),
+        needed(engine, before, shapes, slots),
         needed(engine, after, shapes, slots),
-        max((item.rank for item in held), default=0),
+        max((item.rank for item in before), default=0),
         max((item.rank for item in after), default=0),
-        len(held),
+        len(before),
         len(after),
     )
 

@@ -13,7 +13,8 @@ from adapterops.errors import UsageError
 from adapterops.files.output import check_outside
 from adapterops.files.remote import is_remote
 from adapterops.fleet.deploy import checks, routes, verify
-from adapterops.fleet.indexing.store import Fleet
+from adapterops.fleet.indexing.opened import Fleet
+from adapterops.fleet.plans.offboarded import check_members, index_of, recorded
 from adapterops.fleet.plans.plan import Plan, Representative
 from adapterops.fleet.plans.planfile import located, plan_folder, read_plan
 from adapterops.serving.model import Engine
@@ -54,7 +55,7 @@ class Known:
 
     plan: Plan
     engine: Engine
-    index: Fleet | None
+    index: Fleet
     previous: Mapping[str, routes.Route]
     chosen: tuple[Representative, ...]
     places: Mapping[str, str]
@@ -76,11 +77,10 @@ def known_of(path: str, options: Options) -> Known:
         )
     if options.dtype not in ("keep", *DTYPE_NAMES):
         raise UsageError(f"--dtype {options.dtype!r}: expected keep, {', '.join(DTYPE_NAMES)}")
-    index, warning = checks.index_of(plan, path, options.fleet)
-    warnings = [warning] if warning else []
-    recorded = plan.options.get("removed", ())
-    checks.check_members(plan, index.removed if index else recorded)
-    bases = {r.tenant.name: r.base for r in index.records} if index else {}
+    check_members(plan, recorded(plan))
+    index = index_of(plan, options.fleet)
+    check_members(plan, index.removed)
+    bases = {record.tenant.name: record.base for record in index.records}
     aliases = plan.options.get("aliases") or {}
     wrong, said = checks.of_base(plan, options.served_base, aliases, bases)
     previous = {} if options.previous is None else routes.read(options.previous)
@@ -90,7 +90,7 @@ def known_of(path: str, options: Options) -> Known:
     traffic = {rep.id: sum(plan.served[tenant].traffic for tenant in rep.members) for rep in chosen}
     chosen.sort(key=lambda rep: (-traffic[rep.id], rep.id))
     places = {rep.id: located(path, rep.location, rep.path) for rep in chosen}
-    mine = [os.fspath(plan_folder(path)), *filter(None, (options.previous, options.fleet))]
+    mine = [os.fspath(plan_folder(path)), index.path, *filter(None, [options.previous])]
     check_outside(options.out, [*mine, *(p for p in places.values() if not is_remote(p))])
     return Known(
         plan,
@@ -103,5 +103,5 @@ def known_of(path: str, options: Options) -> Known:
         tuple(tenant for tenant in based if tenant not in wrong),
         wrong,
         verify.inputs_of(plan, options.activations),
-        (*warnings, *said),
+        tuple(said),
     )

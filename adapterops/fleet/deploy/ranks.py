@@ -6,7 +6,8 @@ dear. The error of a cut is the tail of the singular values (Eckart & Young 1936
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from adapterops import passes
@@ -60,11 +61,13 @@ def propose(
     shapes: Shapes,
     slots: int,
     tail_of: Callable[[str], Sequence[float]],
+    errors: Mapping[str, float],
+    limit: float | None,
 ) -> tuple[Proposal, ...]:
     """Proposals for lower ranks, the next one first.
 
     `held` are the adapters as memory sees them, in the same order. `tail_of(id)` gives an adapter's
-    truncation errors by rank.
+    truncation errors by rank. `errors` are tenants' now, which `limit` bounds, None for no bound.
     """
     offers = candidates(engine, adapters)
     wanted = dict.fromkeys(item.id for _, above in offers for item in above)
@@ -72,6 +75,12 @@ def propose(
     largest = max((item.rank for item in adapters), default=0)
     now = needed(engine, held, shapes, slots)
     proposals = []
+
+    def over(item: Deployed, rank: int) -> list[str]:
+        """‖C′ − D‖ ≤ ‖C − D‖ + ‖C′ − C‖, and ‖C‖ ≤ ‖D‖ + ‖C − D‖."""
+        cut, most = _at(known[item.id], rank), math.inf if limit is None else limit
+        return [x for x in item.members if errors[x] + cut * (1 + errors[x]) > most]
+
     for rank, above in offers:
         cut = [replace(item, rank=min(item.rank, rank)) for item in held]
         then = needed(engine, cut, shapes, slots)
@@ -82,6 +91,7 @@ def propose(
                 {item.name or item.id: _at(known[item.id], rank) for item in above},
                 sum(len(item.members) for item in above),
                 None if now is None or then is None else now - then,
+                tuple(sorted(name for item in above for name in over(item, rank))),
             )
         )
     return tuple(proposals)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from adapterops.certificate import plain
+from adapterops.fleet.plans.plan import figure
 
 How = Literal["linked", "cloned", "copied", "written"]
 # How the error of a tenant is known: it gets its own adapter's tensors, byte for byte; computed now
@@ -57,11 +58,6 @@ class TenantError:
     worst: tuple[str, float]
     measured: float | None
 
-    @property
-    def counted(self) -> float:
-        """The error in the plan's metric, which is held against the bound."""
-        return self.error if self.measured is None else self.measured
-
 
 @dataclass(frozen=True, slots=True)
 class GpuBytes:
@@ -86,7 +82,8 @@ class Proposal:
     """A lower maximum rank: which adapters hold the fleet above it, and what they would lose.
 
     `errors` maps each of them to its truncation error at `rank`, relative and exact, from its
-    singular values; `saves` are GPU bytes, None where the formula is not known.
+    singular values; `saves` are GPU bytes, None where the formula is not known. `over` are tenants
+    who may then be above the deployment's bound, by the triangle inequality.
     """
 
     rank: int
@@ -94,6 +91,7 @@ class Proposal:
     errors: Mapping[str, float]
     tenants: int
     saves: int | None
+    over: tuple[str, ...]
 
     @property
     def largest(self) -> float:
@@ -145,6 +143,10 @@ class DeployReport:
     notes: tuple[str, ...]
 
     schema = "adapterops.deploy/1"
+
+    def counted(self, item: TenantError) -> float:
+        """The error of a tenant in the plan's metric."""
+        return figure(item, self.metric)
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints, and the sidecar's."""

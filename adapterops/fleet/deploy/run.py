@@ -11,12 +11,13 @@ from dataclasses import replace
 
 from adapterops.errors import IncompatibleError
 from adapterops.files.output import SIDECAR, Staging, check_output, stage
-from adapterops.fleet.deploy import checks, figures, flags, ranks, routes, verify
+from adapterops.fleet.deploy import figures, flags, ranks, routes, verify
 from adapterops.fleet.deploy.forms import Terms
 from adapterops.fleet.deploy.memory import PUBLISHED
 from adapterops.fleet.deploy.planning import Known, Options, known_of
 from adapterops.fleet.deploy.report import Deployed, DeployReport, Launch, TenantError
 from adapterops.fleet.deploy.writing import Written, opened, write_all
+from adapterops.fleet.plans.offboarded import some
 from adapterops.provenance import base_name
 from adapterops.stream import Compute
 
@@ -78,7 +79,7 @@ def _report(
     errors, said = _errors(known, options, done, on)
     warnings = [*known.warnings, *said]
     limit = plan.max_error if options.max_error is None else options.max_error
-    verify.check_limit(errors, limit, f"{engine.title} {engine.version}")
+    verify.check_limit(errors, plan.metric, limit, f"{engine.title} {engine.version}")
     adapters, folder = tuple(done.adapters), os.path.realpath(options.out)
     named = {tenant: item.name or item.id for item in adapters for tenant in item.members}
     served: dict[str, str | None] = {**named, **dict.fromkeys(based)}
@@ -88,11 +89,11 @@ def _report(
     cost = figures.cost(mine, engine, known.index, known.shapes, options.max_loras, done)
     warnings += [cost.note] if cost.note else []
     if left:
-        warnings.append(f"{len(left)} tenants are routed nowhere: {checks.some(left)}")
+        warnings.append(f"{len(left)} tenants are routed nowhere: {some(left)}")
     wild = [tenant for tenant in served if "*" in tenant]
     if wild:
         warnings.append(
-            f"in {routes.ROUTER} a * in a name ({checks.some(wild)}) answers for other names too; "
+            f"in {routes.ROUTER} a * in a name ({some(wild)}) answers for other names too; "
             "call these tenants otherwise"
         )
     if options.strict and warnings:
@@ -117,7 +118,16 @@ def _report(
         salted=sum(route.salt is not None for route in found.values()),
         size=sum(item.size for item in adapters),
         memory=cost.gpu,
-        proposals=ranks.propose(engine, adapters, cost.held, cost.shapes, options.max_loras, tail),
+        proposals=ranks.propose(
+            engine,
+            adapters,
+            cost.held,
+            cost.shapes,
+            options.max_loras,
+            tail,
+            {name: item.error for name, item in errors.items()},
+            limit if plan.metric == "frobenius" else None,  # what is cut says nothing of outputs
+        ),
         launch=_launch(known, options, adapters, cost.targets, folder),
         changes=_changes(known.previous, adapters),
         published=PUBLISHED,
@@ -135,13 +145,12 @@ def _errors(
     based = verify.of_base(known.plan, known.based)
     if options.dry_run:
         return {**verify.planned(known.plan, done.adapters), **based}, []
-    own = {} if known.index is None else figures.homes(known.index)
     errors, warnings = verify.errors_of(
         known.plan,
         done.adapters,
         done.folders,
         {each: form.norm for each, form in done.forms.items()},
-        verify.locations(known.plan, own),
+        verify.locations(known.plan, figures.homes(known.index)),
         known.activations,
         on,
         allow_pickle=options.allow_pickle,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from adapterops.activations import Activations, open_activations
 from adapterops.errors import AdapterOpsError, BudgetError, FileError, IncompatibleError
-from adapterops.fleet.deploy.checks import some
 from adapterops.fleet.deploy.report import Deployed, Known, TenantError
-from adapterops.fleet.plans.plan import Plan, Served
+from adapterops.fleet.plans.offboarded import some
+from adapterops.fleet.plans.plan import Plan, Served, figure
 from adapterops.fleet.verifying.exact import Error, compare_groups
 from adapterops.stream import Compute
 
@@ -80,7 +80,8 @@ def errors_of(
                 asked.append(tenant)
             else:
                 found[tenant] = _bounded(item, served, norms[item.id], plan.metric)
-        groups.append((item, asked))
+        if asked:
+            groups.append((item, asked))
     unread = []
     pairs = [(str(folders[item.id]), [places[name] for name in names]) for item, names in groups]
     compared = compare_groups(pairs, on, activations=activations, allow_pickle=allow_pickle)
@@ -119,11 +120,13 @@ def of_base(plan: Plan, tenants: Sequence[str]) -> dict[str, TenantError]:
     return {tenant: _as_planned(nothing, plan.served[tenant], "base") for tenant in tenants}
 
 
-def check_limit(found: Mapping[str, TenantError], limit: float | None, engine: str) -> None:
+def check_limit(
+    found: Mapping[str, TenantError], metric: str, limit: float | None, engine: str
+) -> None:
     """Raise BudgetError, naming the tenants, where an error is above `limit`."""
     if limit is None:
         return
-    figures = {name: error.counted for name, error in found.items()}
+    figures = {name: figure(error, metric) for name, error in found.items()}
     over = [name for name, value in figures.items() if not value <= limit]
     if over:
         worst = max(over, key=lambda name: figures[name])
@@ -178,7 +181,7 @@ def _bounded(item: Deployed, served: Served, norm: float, metric: str) -> Tenant
         raise IncompatibleError(
             "the error of outputs of what was written cannot be computed without the tenants' own "
             "adapters",
-            hint="give the index with --fleet",
+            hint="index them again, for they are not where the index has them",
         )
     more = item.change * norm / served.norm if served.norm else math.inf
     return TenantError(

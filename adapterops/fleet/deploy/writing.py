@@ -1,16 +1,18 @@
-"""The representatives of a plan, one by one, into a staged folder under names of their own."""
+"""The representatives of a plan into a staged folder, under names of their own."""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapterops.errors import AdapterOpsError, BudgetError, IncompatibleError, PickleRefusedError
-from adapterops.files.remote import located
+from adapterops.files.remote import is_remote, located
+from adapterops.files.scratch import scratch
 from adapterops.fleet.deploy import names
 from adapterops.fleet.deploy.checks import check_content
 from adapterops.fleet.deploy.forms import Formed, Terms, form
@@ -19,7 +21,7 @@ from adapterops.fleet.plans.plan import Plan, Representative
 from adapterops.fleet.signing.content import content_hash
 from adapterops.formats import open_adapter_file
 from adapterops.formats.model import AdapterFile
-from adapterops.stream import Compute
+from adapterops.stream import Compute, Job, run
 
 Progress = Callable[[str, int, int], None]
 _DIGITS = 16
@@ -76,68 +78,129 @@ def write_all(
     file that is not what was planned, and whatever reading one raises.
     """
     result, taken, shapes = Written(), set[str](), dict[str, tuple[int, int]]()
-    for count, rep in enumerate(sorted(chosen, key=lambda rep: not rep.base)):
-        if progress:
-            progress("adapters", count, len(chosen))
-        staged = None if root is None else root / f"{names.PREFIX}new"
-        try:
-            with opened(places[rep.id], allow_pickle) as file:
-                check_content(rep, content_of(file))
-                stem = _unlike(file, shapes)
-                if stem is not None:
-                    result.left |= dict.fromkeys(rep.members, _other(file, stem, shapes))
-                    continue
-                label = rep.content[:_DIGITS] or "representative"
-                try:
-                    found = form(file, label, staged, terms, on)
-                except (IncompatibleError, BudgetError) as error:
-                    result.left |= dict.fromkeys(rep.members, _reason(error))
-                    continue
-        except PickleRefusedError as error:
-            result.left |= dict.fromkeys(rep.members, _reason(error))
-            continue
-        name = ""
-        if staged is not None:
-            digest = names.content(staged)
-            name = names.fresh(digest, taken)
-            taken.add(name)
-            result.folders[rep.id] = staged.rename(staged.with_name(name))
-            result.digests[rep.id] = digest
-        traffic = sum(plan.served[tenant].traffic for tenant in rep.members)
-        result.forms[rep.id] = found
-        shapes |= found.shapes
-        result.adapters.append(
-            Deployed(
-                name,
-                rep.id,
-                rep.kind,
-                rep.members,
-                traffic,
-                found.rank,
-                found.size,
-                found.dtype,
-                found.how,
-                found.change,
+    ordered = sorted(chosen, key=lambda rep: not rep.base)
+    width = max(1, min(on.threads, len(ordered)))
+    each = replace(on, threads=on.threads // width, memory=on.memory // width)
+    with ExitStack() as stack:
+        remote = any(is_remote(places[rep.id]) for rep in ordered)
+        inside = stack.enter_context(scratch()) if remote else None
+        jobs = (
+            Job(
+                rep.path,
+                _make,
+                (
+                    rep,
+                    places[rep.id],
+                    None if root is None else root / f"{names.PREFIX}new-{number}",
+                    terms,
+                    each,
+                    allow_pickle,
+                    inside,
+                ),
+                each.memory,
             )
+            for number, rep in enumerate(ordered)
         )
-        for rule, text in found.notes.items():
-            before = result.notes.get(rule, (0, text))
-            result.notes[rule] = (before[0] + 1, before[1])
-    if progress:
-        progress("adapters", len(chosen), len(chosen))
+        made = stack.enter_context(closing(run(jobs, on)))
+        for count, (rep, one) in enumerate(zip(ordered, made, strict=True), 1):
+            _add(result, plan, rep, one, taken, shapes)
+            if progress:
+                progress("adapters", count, len(ordered))
     order = {rep.id: place for place, rep in enumerate(chosen)}
     result.adapters.sort(key=lambda item: order[item.id])
     return result
 
 
-def _unlike(file: AdapterFile, shapes: Mapping[str, tuple[int, int]]) -> str | None:
-    """The first module whose shape is not what other adapters of the deployment say."""
-    sites = file.sites.items()
-    return next((stem for stem, site in sites if shapes.get(stem, site.shape) != site.shape), None)
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """One adapter in its form, in `folder` unless that is None; `shapes` are its own modules'.
+
+    `formed` is None where the engine cannot serve it, for a `reason`. `digest` is of the content.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    formed: Formed | None
+    reason: str = ""
+    folder: Path | None = None
+    digest: str = ""
 
 
-def _other(file: AdapterFile, stem: str, shapes: Mapping[str, tuple[int, int]]) -> str:
-    (out, into), (rows, columns) = file.sites[stem].shape, shapes[stem]
+def _make(
+    rep: Representative,
+    place: str,
+    folder: Path | None,
+    terms: Terms,
+    on: Compute,
+    allow_pickle: bool,
+    inside: Path | None,
+) -> _Made:
+    """One representative, checked and written; its bytes are read once to be hashed."""
+    try:
+        with opened(place, allow_pickle, inside) as file:
+            digests = digests_of(file)
+            check_content(rep, content_hash(file, digests))
+            shapes = {stem: site.shape for stem, site in file.sites.items()}
+            label = rep.content[:_DIGITS] or "representative"
+            try:
+                found = form(file, label, folder, terms, on)
+            except (IncompatibleError, BudgetError) as error:
+                return _Made(shapes, None, _reason(error))
+    except PickleRefusedError as error:
+        return _Made({}, None, _reason(error))
+    if folder is None:
+        return _Made(shapes, found)
+    known = None if found.how == "written" else digests
+    return _Made(shapes, found, "", folder, names.content(folder, known))
+
+
+def _add(
+    result: Written,
+    plan: Plan,
+    rep: Representative,
+    made: _Made,
+    taken: set[str],
+    shapes: dict[str, tuple[int, int]],
+) -> None:
+    """One more in the deployment, or its tenants among those that are left out."""
+    found = made.formed
+    own = made.shapes.items()
+    stem = next((stem for stem, shape in own if shapes.get(stem, shape) != shape), None)
+    if stem is not None or found is None:
+        reason = made.reason if stem is None else _other(made.shapes[stem], stem, shapes[stem])
+        result.left |= dict.fromkeys(rep.members, reason)
+        if made.folder is not None:
+            shutil.rmtree(made.folder)
+        return
+    name = ""
+    if made.folder is not None:
+        name = names.fresh(made.digest, taken)
+        taken.add(name)
+        result.folders[rep.id] = made.folder.rename(made.folder.with_name(name))
+        result.digests[rep.id] = made.digest
+    traffic = sum(plan.served[tenant].traffic for tenant in rep.members)
+    result.forms[rep.id] = found
+    shapes |= found.shapes
+    result.adapters.append(
+        Deployed(
+            name,
+            rep.id,
+            rep.kind,
+            rep.members,
+            traffic,
+            found.rank,
+            found.size,
+            found.dtype,
+            found.how,
+            found.change,
+        )
+    )
+    for rule, text in found.notes.items():
+        before = result.notes.get(rule, (0, text))
+        result.notes[rule] = (before[0] + 1, before[1])
+
+
+def _other(own: tuple[int, int], stem: str, others: tuple[int, int]) -> str:
+    (out, into), (rows, columns) = own, others
     return (
         f"module {stem}: has out={out}, in={into}, other adapters of this deployment have "
         f"out={rows}, in={columns}: they are of two base models; name them with cluster "
@@ -146,9 +209,12 @@ def _other(file: AdapterFile, stem: str, shapes: Mapping[str, tuple[int, int]]) 
 
 
 @contextmanager
-def opened(place: str, allow_pickle: bool) -> Iterator[AdapterFile]:
-    """The adapter at a path or URI, closed at the end; what changed meanwhile is an error."""
-    with located(place, allow_pickle=allow_pickle, side_files=True) as path:
+def opened(place: str, allow_pickle: bool, inside: Path | None = None) -> Iterator[AdapterFile]:
+    """The adapter at a path or URI, closed at the end; what changed meanwhile is an error.
+
+    `inside` is the folder for a copy of a remote one.
+    """
+    with located(place, inside=inside, allow_pickle=allow_pickle, side_files=True) as path:
         file = open_adapter_file(path, allow_pickle=allow_pickle)
         try:
             yield file
@@ -159,10 +225,10 @@ def opened(place: str, allow_pickle: bool) -> Iterator[AdapterFile]:
                 source.close()
 
 
-def content_of(file: AdapterFile) -> str:
-    """The content hash that the plan has of a representative."""
-    digests = {name: hashlib.sha256(ref.raw().data).digest() for name, ref in file.tensors.items()}
-    return content_hash(file, digests)
+def digests_of(file: AdapterFile) -> dict[str, bytes]:
+    """SHA-256 of the bytes of every tensor, by name, read in the order of the file."""
+    refs = sorted(file.tensors.items(), key=lambda pair: pair[1].offset)
+    return {name: hashlib.sha256(ref.raw().data).digest() for name, ref in refs}
 
 
 def _reason(error: AdapterOpsError) -> str:

@@ -1,7 +1,8 @@
 """The least bound at which so many adapters suffice, every pair of it verified.
 
 Sketches say where to look, but estimate: of the pairs that they promise at a bound about half are a
-little above it. So bounds are bisected by what verification leaves.
+little above it. So the search begins at the bound that they promise, goes on from there until one
+bound suffices and one does not, and bisects by what verification leaves.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from adapterops.errors import BudgetError
+from adapterops.fleet.consent.policy import NEAR_EXACT
 from adapterops.fleet.grouping.cover import for_budget
 from adapterops.fleet.grouping.graph import Candidates
 from adapterops.fleet.grouping.groups import Compare, Grouped
@@ -17,8 +19,9 @@ from adapterops.fleet.grouping.sets import Sets
 from adapterops.fleet.verifying.exact import Result
 
 Group = Callable[[Sets, Candidates, float], Grouped]
-_STEPS = 10  # bisections: a thousandth of what there is between
+_NEAR = 1e-3  # of the bound: how near to the least it is
 _SLACK = 1.1  # a pair's estimate may be so much above its distance
+_STRIDE = 1.05  # the first step from one bound to the next; each is twice the one before
 
 
 def least_bound(
@@ -27,7 +30,8 @@ def least_bound(
     """The bound, and the verified groups of each set at it.
 
     `graphs` hold the permitted edges of each set up to the widest bound, `apart` counts adapters
-    besides. Raises BudgetError where even that bound leaves more than `adapters`.
+    besides. Never less than NEAR_EXACT, up to which another's adapter is a tenant's own. Raises
+    BudgetError where even the widest bound leaves more than `adapters`.
     """
     fewest = apart + len(sets)
     if adapters < fewest:
@@ -46,24 +50,40 @@ def least_bound(
     def count(found: Sequence[Grouped]) -> int:
         return apart + sum(len(each.groups) for each in found)
 
-    high = GRID[-1]
-    best = verified(high)
-    if count(best) > adapters:
-        raise BudgetError(
-            f"--max-adapters {adapters}: {count(best)} are needed even where each tenant may be "
-            f"off by {high:g}",
-            hint=f"give --max-adapters {count(best)} or more",
-        )
-    low = min(for_budget(graphs, adapters - apart).max_error, high) if graphs else 0.0
-    low /= _SLACK
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        found = verified(middle)
+    low, high, best = 0.0, GRID[-1], None
+    bound = _promised(graphs, adapters - apart)
+    stride = _STRIDE
+    while best is None or high - low > _NEAR * high:
+        found = verified(bound)
         if count(found) <= adapters:
-            best, high = found, middle
+            best, high = found, bound
+            if bound <= NEAR_EXACT:
+                break
+        elif bound >= GRID[-1]:
+            raise BudgetError(
+                f"--max-adapters {adapters}: {count(found)} are needed even where each tenant may "
+                f"be off by {bound:g}",
+                hint=f"give --max-adapters {count(found)} or more",
+            )
         else:
-            low = middle
+            low = bound
+        if best is None:
+            bound = min(bound * stride, GRID[-1])
+        elif low > 0:
+            bound = (low + high) / 2
+        else:
+            bound = max(bound / stride, NEAR_EXACT)
+        stride *= stride
     return high, best
+
+
+def _promised(graphs: Sequence[Candidates], adapters: int) -> float:
+    """The bound at which sketches say that so many suffice, the widest where none does."""
+    try:
+        found = for_budget(graphs, adapters).max_error if graphs else 0.0
+    except BudgetError:
+        return GRID[-1]
+    return min(max(found, NEAR_EXACT), GRID[-1])
 
 
 def remembered(compare: Compare) -> Compare:

@@ -1,10 +1,11 @@
-"""Which adapters to keep: greedy weighted set cover of the candidate graph.
+"""Which adapters to keep: greedy set cover of the candidate graph.
 
-The greedy choice (Chvátal 1979, A greedy heuristic for the set-covering problem) costs at most
-H(n) = 1 + 1/2 + … + 1/n times the optimum, n the largest number of tenants that one adapter may
-serve; on the graph as it is given, before verification strikes edges out. Gains only shrink while
-the cover grows, so they are brought up to date when they come up (Minoux 1978, accelerated greedy).
-Equal gains go to the smaller tenant.
+Greedy weighted set cover (Chvátal 1979, A greedy heuristic for the set-covering problem) where each
+adapter weighs 1, as their number is what is to be small, and one that is kept already weighs 0. It
+keeps at most H(n) = 1 + 1/2 + … + 1/n times as many as the optimum, n the largest number of tenants
+that one adapter may serve; on the graph as it is given, before verification strikes edges out.
+Gains only shrink while the cover grows, so they are brought up to date when they come up (Minoux
+1978, accelerated greedy). Equal gains go to the smaller tenant.
 """
 
 from __future__ import annotations
@@ -31,16 +32,14 @@ class Group:
 
 def greedy_cover(
     graph: Candidates,
-    costs: Array | None = None,
     *,
     todo: Array | None = None,
     chosen: Iterable[int] = (),
 ) -> list[Group]:
     """Groups that cover the tenants `todo` (N,) bool, everyone if None, sorted by centre.
 
-    `costs` (N,), above 0, are what each tenant's adapter costs to keep, 1 if None. `chosen` are
-    kept already and cost nothing: a cover is continued by giving its centres and whom they failed
-    to serve. Each of `todo` goes to the nearest centre that may serve it, and a new centre serves
+    `chosen` are kept already: a cover is continued by giving its centres and whom they failed to
+    serve. Each of `todo` goes to the nearest centre that may serve it, and a new centre serves
     its own tenant, whether that was to be covered or not. A chosen centre is listed where it gets
     members.
     """
@@ -49,16 +48,15 @@ def greedy_cover(
     kept = sorted(set(chosen))
     for center in kept:
         left[graph.row(center)[0]] = False
-    picked = _needed(graph, _picked(graph, costs, left), wanted, kept)
+    picked = _needed(graph, _picked(graph, left), wanted, kept)
     wanted[picked] = True
     return _assigned(graph, sorted({*kept, *picked}), wanted)
 
 
-def _picked(graph: Candidates, costs: Array | None, left: Array) -> list[int]:
+def _picked(graph: Candidates, left: Array) -> list[int]:
     """Centres in the order that greedy takes them; `left` is used up."""
-    price = np.ones(graph.count) if costs is None else np.asarray(costs, np.float64)
     gains = np.add.reduceat(left[graph.members].astype(np.int64), graph.starts[:-1])
-    heap = [(-gains[center] / price[center], int(center)) for center in np.flatnonzero(gains)]
+    heap = [(-int(gains[center]), int(center)) for center in np.flatnonzero(gains)]
     heapq.heapify(heap)
     picked = []
     while heap:
@@ -67,7 +65,7 @@ def _picked(graph: Candidates, costs: Array | None, left: Array) -> list[int]:
         gain = int(np.count_nonzero(left[members]))
         if not gain:
             continue
-        key = (-gain / price[center], center)
+        key = (-gain, center)
         if key[0] != stale and heap and key > heap[0]:
             heapq.heappush(heap, key)
             continue
@@ -126,11 +124,7 @@ class Budget:
         return sum(map(len, self.groups))
 
 
-def for_budget(
-    graphs: Sequence[Candidates],
-    adapters: int,
-    costs: Sequence[Array] | None = None,
-) -> Budget:
+def for_budget(graphs: Sequence[Candidates], adapters: int) -> Budget:
     """Cover partitions by at most so many adapters together, at the least largest distance.
 
     The bound is bisected over the distances that occur; each graph must hold all the edges that may
@@ -138,11 +132,7 @@ def for_budget(
     """
 
     def covered(radius: float) -> Budget:
-        groups = tuple(
-            greedy_cover(graph.within(radius), None if costs is None else costs[place])
-            for place, graph in enumerate(graphs)
-        )
-        return Budget(radius, groups)
+        return Budget(radius, tuple(greedy_cover(graph.within(radius)) for graph in graphs))
 
     radii = np.unique(np.concatenate([np.zeros(1), *(graph.distances for graph in graphs)]))
     low, high = 0, len(radii) - 1

@@ -22,10 +22,10 @@ def pareto(
 ) -> tuple[Point, ...]:
     """For each bound of `grid` the number of adapters that greedy covers leave, and the errors.
 
-    `graphs` reach at least to the largest bound, `norms` are ‖D_i‖ (N,) of each; `alone` is the
-    number of adapters besides. `largest` and `mean` are over all tenants of the graphs, and so is
-    the mean `foreign`: with δ = ‖C − D‖/‖D‖ and ν = ‖C‖/‖D‖, g = (1 + ν² − δ²)/2 and foreign² =
-    δ² − (1 − g)².
+    `graphs` reach at least to the largest bound, `norms` are ‖D_i‖ (N,) of each, in the terms that
+    distances are in; `alone` is the number of adapters besides. `largest` and `mean` are over all
+    tenants of the graphs, and so is the mean `foreign`: with δ = ‖C − D‖/‖D‖ and ν = ‖C‖/‖D‖,
+    g = (1 + ν² − δ²)/2 and foreign² = δ² − (1 − g)².
     """
     points = []
     for bound in grid:
@@ -34,7 +34,8 @@ def pareto(
             for group in greedy_cover(graph.within(bound)):
                 adapters += 1
                 squares = group.distances.astype(np.float64) ** 2
-                ratio = sizes[group.center] / sizes[group.members]
+                own = sizes[group.members]
+                ratio = np.divide(sizes[group.center], own, out=np.ones(len(own)), where=own > 0)
                 missing = (1 - ratio**2 + squares) / 2
                 errors.append(np.sqrt(squares))
                 foreign.append(np.sqrt(np.maximum(squares - missing**2, 0.0)))

@@ -14,27 +14,40 @@ from adapterops.fleet.indexing.opened import Fleet
 from adapterops.fleet.plans.plan import Representative
 from adapterops.fleet.plans.planfile import Sketched
 from adapterops.fleet.signing.sketch import smaller
-from adapterops.fleet.types import Array, Layout, Signature
+from adapterops.fleet.types import Array, Layout, Record, Signature
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Sets:
-    """A partition ready for grouping: its nodes, their consent, norms."""
+    """A partition ready for grouping: its nodes, their consent, norms. Each is equal to itself."""
 
     partition: Partition
     nodes: tuple[Node, ...]
     permissions: Permissions
     norms: Array
 
-    def vectors(self, fleet: Fleet) -> tuple[Array, Array, Array, int]:
-        """Sketches, norms, energies and side of the nodes, as `candidates.edges` takes them."""
-        records = [node.records[0] for node in self.nodes]
-        sketches, energies, _ = fleet.matrix(records)
-        return sketches, self.norms, energies, fleet.columns(records).side
+    @property
+    def firsts(self) -> list[Record]:
+        """One record of each node."""
+        return [node.records[0] for node in self.nodes]
 
     def bounds(self, max_error: float) -> Array:
         """The largest error that each node consents to, (N,)."""
         return self.permissions.bounds(max_error)
+
+    def alike(self) -> Array:
+        """(N,) equal where nodes may serve and be served by the same others, -1 for who may not."""
+        found = self.permissions
+        numbers: dict[tuple[object, ...], int] = {}
+        result = np.full(len(self.nodes), -1)
+        for row in np.flatnonzero(found.serves & (found.limits < 0)):
+            key = (
+                int(found.group[row]),
+                bool(found.differs[row]),
+                tuple(map(int, found.named.get(int(row), ()))),
+            )
+            result[row] = numbers.setdefault(key, len(numbers))
+        return result
 
 
 def set_of(part: Partition, consent: Consent) -> Sets:
@@ -50,10 +63,11 @@ def placed(found: Signature, onto: Layout) -> Array:
     """A signature's sketch over the modules of another layout, (L·p²,) float32.
 
     Modules that it changes beyond them are left out; none does that was made of the layout's own.
+    One that changes nothing is zero.
     """
-    assert found.layout is not None
-    blocks = smaller(found.sketch.astype(np.float32), onto.side)
-    index = {stem: place for place, stem in enumerate(found.layout.stems)}
+    stems = found.layout.stems if found.layout else ()
+    blocks = smaller(found.sketch.astype(np.float32), onto.side) if stems else found.sketch
+    index = {stem: place for place, stem in enumerate(stems)}
     out = np.zeros((len(onto.stems), onto.side, onto.side), np.float32)
     for place, stem in enumerate(onto.stems):
         if stem in index:

@@ -7,7 +7,6 @@ all tenants and the signatures of one batch.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -24,6 +23,14 @@ from adapterops.files.remote import is_remote
 from adapterops.files.scratch import scratch
 from adapterops.fleet.indexing.chunks import ROWS
 from adapterops.fleet.indexing.looking import Looked, Task, look, look_at_all, marked
+from adapterops.fleet.indexing.sources import (
+    Source,
+    check_sources,
+    in_shard,
+    is_elsewhere,
+    note_left,
+    place_of,
+)
 from adapterops.fleet.indexing.store import Known, Store
 from adapterops.fleet.tenants.finding import find_tenants
 from adapterops.fleet.tenants.versions import versions
@@ -40,28 +47,6 @@ _UNREACHABLE = 8  # tenants in a row after which the source itself is asked for
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """What is to be indexed: paths or URIs, or a manifest; of its tenants one shard (i, n)."""
-
-    roots: tuple[str, ...]
-    manifest: str | None = None
-    pattern: str | None = None
-    shard: tuple[int, int] = (1, 1)
-
-    @property
-    def places(self) -> list[str]:
-        """What tells one source from another, wherever the command is run."""
-        if self.manifest is not None:
-            return [os.path.abspath(self.manifest)]
-        return [_place(root) for root in self.roots]
-
-    @property
-    def part(self) -> str:
-        """The shard as it is written."""
-        return f"{self.shard[0]}/{self.shard[1]}"
-
-
-@dataclass(frozen=True, slots=True)
 class Done:
     """What a run did: tenants looked at, their bytes, those as before, gone, or off-boarded."""
 
@@ -70,12 +55,6 @@ class Done:
     unchanged: int = 0
     vanished: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
-
-
-def in_shard(name: str, shard: tuple[int, int]) -> bool:
-    """Whether a tenant is of shard (i, n), by the SHA-256 of its name: the same on any machine."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") % shard[1] == shard[0] - 1
 
 
 def tenants_of(source: Source, out: str, note: Callable[[str], None]) -> dict[str, Tenant]:
@@ -116,32 +95,45 @@ def index_source(
     strict: bool,
     allow_pickle: bool,
     progress: Progress | None,
+    note: Callable[[str], None],
 ) -> Done:
     """Bring the index up to date with a source.
 
     Whatever fails, and an interruption, keeps what was finished; the error says so. With `strict`
-    the first adapter that is broken or cannot be compared ends the run with its error. Raises
-    UsageError for a tenant that the index has from another source.
+    the first adapter that is broken or cannot be compared ends the run with its error. A tenant
+    that another source listed with the same adapter (a manifest that was renamed) is of this one
+    from now on; those that it leaves behind are noted. Raises UsageError for a tenant that the
+    index has from another source with another adapter.
     """
     removed = store.removed()
     mine = {name: tenant for name, tenant in tenants.items() if name not in removed}
     known = store.known()
-    _check_sources(source, mine, known)
+    check_sources(source, mine, known)
     found = versions(list(mine.values()), source.roots)
     found = {name: marked(version, allow_pickle) for name, version in found.items()}
     todo = [
-        tenant for name, tenant in mine.items() if _is_new(known.get(name), found[name], source)
+        tenant
+        for name, tenant in mine.items()
+        if _is_new(tenant, known.get(name), found[name], source)
     ]
     again = {tenant.name for tenant in todo}
+    others = {known[name].source for name in mine if name in known} - {*source.places}
     vanished = _vanished(source, known, tenants.keys() | removed)
     for place in source.places:
         store.set_part(place, source.part, False)
-    store.update(t for name, t in mine.items() if name not in again and _moved(t, known[name]))
+    store.update(
+        (tenant, place)
+        for name, tenant in mine.items()
+        if name not in again and _moved(tenant, known[name], place := place_of(tenant, source))
+    )
     store.vanish(vanished)
     run = _Run(store, source, strict, len(todo), progress)
     run.go([(tenant, found[tenant.name]) for tenant in todo], allow_pickle, on)
     for place in source.places:
         store.set_part(place, source.part, True)
+    if others:
+        store.abandon(others)
+        note_left(others, mine, known, note)
     store.tidy()
     return Done(
         tuple(tenant.name for tenant in todo),
@@ -152,43 +144,16 @@ def index_source(
     )
 
 
-def _place(root: str) -> str:
-    return root.rstrip("/") if is_remote(root) else os.path.abspath(root)
-
-
-def _place_of(tenant: Tenant, source: Source) -> str:
-    """Which of a source's places a tenant was found in."""
-    places = source.places
-    if len(places) == 1:
-        return places[0]
-    above = [p for p in places if f"{tenant.location}/".startswith(f"{p.rstrip('/')}/")]
-    return max(above, key=len, default=places[0])
-
-
-def _check_sources(
-    source: Source, tenants: Mapping[str, Tenant], known: Mapping[str, Known]
-) -> None:
-    for name, tenant in tenants.items():
-        has = known.get(name)
-        if has and not has.vanished and has.source not in source.places:
-            raise UsageError(
-                f"the tenant {name!r} is in the index from {has.tenant.path}, and is found as "
-                f"{tenant.path} too",
-                hint="a tenant is served by one adapter: give each a name of its own by a "
-                "manifest or pattern, or index this source into another FLEET",
-            )
-
-
-def _is_new(known: Known | None, version: str, source: Source) -> bool:
+def _is_new(tenant: Tenant, known: Known | None, version: str, source: Source) -> bool:
     """Whether a tenant has to be read."""
-    if known is None or known.source not in source.places:
+    if known is None or is_elsewhere(tenant, known, source):
         return True
     return not known.version or known.version != version
 
 
-def _moved(tenant: Tenant, known: Known) -> bool:
+def _moved(tenant: Tenant, known: Known, place: str) -> bool:
     """Whether anything but the files of a tenant that is not read changed."""
-    return known.vanished or tenant != known.tenant
+    return known.vanished or tenant != known.tenant or place != known.source
 
 
 def _vanished(source: Source, known: Mapping[str, Known], there: Collection[str]) -> list[str]:
@@ -246,7 +211,7 @@ class _Run:
         batch, self._pending = self._pending, []
         sources: dict[str, list[tuple[Tenant, str, Signature]]] = {}
         for item in batch:
-            sources.setdefault(_place_of(item[0], self._source), []).append(item)
+            sources.setdefault(place_of(item[0], self._source), []).append(item)
         for place, mine in sources.items():
             self._store.put(mine, place)
             self._stored += len(mine)
@@ -254,7 +219,7 @@ class _Run:
 
     def _check_source(self, tenant: Tenant) -> None:
         """Raise FileError if a whole source has gone: what was known of its tenants is kept."""
-        place = _place_of(tenant, self._source)
+        place = place_of(tenant, self._source)
         if is_remote(tenant.location):
             try:
                 folder_listing(place if is_remote(place) else tenant.location.rpartition("/")[0])

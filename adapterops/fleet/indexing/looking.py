@@ -19,6 +19,7 @@ from adapterops.fleet.tenants.finding import check_adapter
 from adapterops.fleet.tenants.versions import has_pickle, versions
 from adapterops.fleet.types import Signature, Tenant
 from adapterops.formats import AdapterFile, read_adapter
+from adapterops.stream import keep_freed_memory
 
 CHANGED = "changed while it was read; the next `index` reads it again"
 
@@ -65,7 +66,7 @@ def look_at_all(task: Task, items: Sequence[tuple[Tenant, str]]) -> list[Looked]
 def look(task: Task, item: tuple[Tenant, str]) -> Looked:
     """The signature of a tenant's adapter, whose files had this version when they were listed."""
     if task.apart:
-        _one_thread()
+        _settle()
     tenant, version = item
     try:
         return _look(task, tenant, version)
@@ -140,6 +141,7 @@ def _measure(file: AdapterFile, seed: int) -> None:
 
 
 @cache
-def _one_thread() -> None:
-    """One BLAS thread, for as long as this process lives."""
+def _settle() -> None:
+    """One BLAS thread, and memory that is kept, for as long as this process lives."""
     threadpool_limits(1)
+    keep_freed_memory()

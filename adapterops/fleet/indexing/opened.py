@@ -18,7 +18,7 @@ import numpy as np
 
 from adapterops.errors import FileError, FormatError
 from adapterops.fleet.indexing import schema
-from adapterops.fleet.indexing.chunks import Chunk, open_chunk
+from adapterops.fleet.indexing.chunks import ROWS, Arrays, Chunk, open_chunk
 from adapterops.fleet.types import Layout, Record, Signature
 
 Array = np.ndarray[Any, Any]
@@ -85,7 +85,7 @@ class Fleet:
         a signature, and modules that a record lacks, are zero.
         """
         columns = self.columns(records)
-        return (*self._sketches(records, columns), columns.stems)
+        return self._sketches(records, columns), self._energies(records, columns), columns.stems
 
     def outputs(self, records: Sequence[Record]) -> Array:
         """Sketches (N, q) float32 of ΔWΔWᵀ over its norm; rows without a signature are zero."""
@@ -99,30 +99,40 @@ class Fleet:
         return out
 
     def signatures(self, records: Sequence[Record]) -> Iterator[Signature]:
-        """What `index` measured of each record, one after the other."""
-        for record in records:
-            known = {
-                name: getattr(record, name) for name in Signature.__slots__ if name in _IN_RECORD
-            }
-            if record.row < 0:
-                yield Signature(**known)
-                continue
-            number, row = schema.placed(record.row)
-            arrays = self._chunk(number).arrays(row)
-            yield Signature(**known, layout=self.layouts[record.layout], **arrays._asdict())
+        """What `index` measured of each record, one after the other; some hundred are held."""
+        for first in range(0, len(records), ROWS):
+            part = records[first : first + ROWS]
+            arrays: list[dict[str, Any]] = [{} for _ in part]
+            for name in Arrays._fields:
+                for rows, _, found in self._found(part, name):
+                    for place, array in zip(rows.tolist(), found, strict=True):
+                        arrays[place][name] = array
+            for record, mine in zip(part, arrays, strict=True):
+                known = {name: getattr(record, name) for name in _IN_RECORD}
+                layout = self.layouts[record.layout] if mine else None
+                yield Signature(**known, layout=layout, **mine)
 
-    def _sketches(self, records: Sequence[Record], columns: Columns) -> tuple[Array, Array]:
+    def sketches(self, records: Sequence[Record]) -> Array:
+        """The first result of `matrix` alone."""
+        return self._sketches(records, self.columns(records))
+
+    def _sketches(self, records: Sequence[Record], columns: Columns) -> Array:
         side, count = columns.side, len(columns.stems)
         out = np.zeros((len(records), count, side, side), np.float32)
-        energies = np.zeros((len(records), count), np.float32)
         for rows, layout, found in self._found(records, "sketch"):
-            scale = np.float32(found.shape[2] / side)
-            cut = np.ix_(rows, columns.places[layout])
-            out[cut] = scale * found[:, :, :side, :side].astype(np.float32)
+            block = found[:, :, :side, :side].astype(np.float32)
+            block *= np.float32(found.shape[2] / side)
+            out[_cut(rows, columns.places[layout], count)] = block
+        return out.reshape(len(records), count * side * side)
+
+    def _energies(self, records: Sequence[Record], columns: Columns) -> Array:
+        count = len(columns.stems)
+        out = np.zeros((len(records), count), np.float32)
         for rows, layout, found in self._found(records, "norms"):
             squares = (found / found.max(1, keepdims=True)) ** 2  # no power of a norm overflows
-            energies[np.ix_(rows, columns.places[layout])] = squares / squares.sum(1, keepdims=True)
-        return out.reshape(len(records), count * side * side), energies
+            squares /= squares.sum(1, keepdims=True)
+            out[_cut(rows, columns.places[layout], count)] = squares
+        return out
 
     def _vectors(self, records: Sequence[Record], name: str) -> Array:
         """Arrays that are one vector a record, of one length throughout the index."""
@@ -179,6 +189,13 @@ class Fleet:
     def _opened(self) -> dict[int, Chunk]:
         """Headers that were read already."""
         return {}
+
+
+def _cut(rows: Array, places: Array, count: int) -> Any:
+    """Where pieces of some modules go; whole rows, the usual case, are copied in one piece."""
+    if len(places) < count:
+        return np.ix_(rows, places)
+    return slice(rows[0], rows[-1] + 1) if (np.diff(rows) == 1).all() else rows
 
 
 _IN_RECORD = set(Record.__slots__) & set(Signature.__slots__) - {"layout"}

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from adapterops.fleet.indexing.alike import Alike, largest_first
 from adapterops.fleet.indexing.index import Done
-from adapterops.fleet.indexing.lineage import byte_duplicates, lineages
+from adapterops.fleet.indexing.lineage import byte_duplicates
 from adapterops.fleet.indexing.opened import Fleet
 
 
@@ -29,9 +30,10 @@ class IndexReport:
     `counts` are tenants by status, `adapters` how many different contents the readable ones have.
     `read` tenants of `bytes` together were looked at in `seconds`, `unchanged` ones were not.
     `vanished` are those that this run did not find any more, `skipped` those it found that were
-    off-boarded. `duplicates` are groups of the same bytes, `lineages` groups that started from one
-    initialisation or adapter; both sorted, the largest first. `unfinished` are parts of the sources
-    that are not in the index yet.
+    off-boarded. `duplicates` are groups of the same bytes, `near_duplicates` groups of other bytes
+    with the same ΔW to 10⁻³ by norm and sketch, which nothing has verified, `lineages` groups that
+    started from one initialisation or adapter; all sorted, the largest first. `unfinished` are
+    parts of the sources that are not in the index yet.
     """
 
     schema: ClassVar[str] = "adapterops.index/1"
@@ -51,6 +53,7 @@ class IndexReport:
     unfinished: tuple[str, ...]
     no_ops: tuple[str, ...]
     duplicates: tuple[tuple[str, ...], ...]
+    near_duplicates: tuple[tuple[str, ...], ...]
     lineages: tuple[tuple[str, ...], ...]
     failed: tuple[Failure, ...]
     notes: tuple[str, ...] = ()
@@ -63,6 +66,7 @@ class IndexReport:
 
 def report(
     fleet: Fleet,
+    alike: Alike,
     done: Done,
     seconds: float,
     *,
@@ -94,16 +98,13 @@ def report(
         skipped=done.skipped,
         unfinished=fleet.unfinished,
         no_ops=tuple(record.tenant.name for record in records if record.status == "no-op"),
-        duplicates=_largest_first(byte_duplicates(fleet)),
-        lineages=_largest_first(lineages(fleet)),
+        duplicates=largest_first(byte_duplicates(fleet)),
+        near_duplicates=alike.near,
+        lineages=alike.lineages,
         failed=failed,
         notes=notes,
         warnings=_warnings(counts, done),
     )
-
-
-def _largest_first(groups: list[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
-    return tuple(sorted(groups, key=lambda names: (-len(names), names)))
 
 
 def _warnings(counts: Mapping[str, int], done: Done) -> tuple[str, ...]:

@@ -40,6 +40,8 @@ CREATE TABLE tenants (
 );
 CREATE INDEX by_chunk ON tenants (chunk);
 """
+# What is kept of all tenants together; made by whoever writes first, older indexes lack it.
+ALIKE = "CREATE TABLE IF NOT EXISTS alike (digest TEXT PRIMARY KEY, found TEXT)"
 _RECORD = (
     "tenant, path, location, traffic, version, status, reason, content, extras, base, dialect, "
     "dtype, size, rank, rank1, rank5, norm, layout, chunk, row"

@@ -23,11 +23,9 @@ from adapterops.fleet.indexing import schema
 from adapterops.fleet.indexing.chunks import ROWS, Arrays, Chunk, is_chunk, open_chunk, write_chunk
 from adapterops.fleet.indexing.creating import create_index, has_index
 from adapterops.fleet.indexing.lock import hold
-from adapterops.fleet.indexing.opened import Fleet, open_fleet
 from adapterops.fleet.indexing.schema import DATABASE, SIGNATURES, with_names
 from adapterops.fleet.types import Layout, Signature, Tenant
 
-__all__ = ["Batch", "Fleet", "Known", "Store", "open_fleet"]
 Batch = Sequence[tuple[Tenant, str, Signature]]
 _NAMED = "tenant = CAST(? AS TEXT)"
 
@@ -140,16 +138,16 @@ class Store:
                     row = schema.row_of(tenant, version, found, source, place)
                     database.execute(schema.PUT, row)
 
-    def update(self, tenants: Iterable[Tenant]) -> None:
-        """Tenants whose files are what they were, with their path, location and traffic of now."""
+    def update(self, tenants: Iterable[tuple[Tenant, str]]) -> None:
+        """Tenants whose files are what they were, as they are listed now, and in which source."""
         statement = (
-            "UPDATE tenants SET vanished = 0, path = CAST(? AS TEXT), "
+            "UPDATE tenants SET vanished = 0, source = CAST(? AS TEXT), path = CAST(? AS TEXT), "
             f"location = CAST(? AS TEXT), traffic = ? WHERE {_NAMED}"
         )
         with self._transaction() as database:
-            for tenant in tenants:
-                where = schema.text(tenant.path), schema.text(tenant.location), tenant.traffic
-                with_names(database, statement, [tenant.name], *where)
+            for tenant, source in tenants:
+                where = map(schema.text, (source, tenant.path, tenant.location))
+                with_names(database, statement, [tenant.name], *where, tenant.traffic)
 
     def vanish(self, names: Iterable[str]) -> None:
         """Mark tenants whose files are gone; should they come back, they are known."""
@@ -162,6 +160,7 @@ class Store:
         def also(database: sqlite3.Connection) -> None:
             with_names(database, f"DELETE FROM tenants WHERE {_NAMED}", names)
             with_names(database, "INSERT OR IGNORE INTO removed VALUES (CAST(? AS TEXT))", names)
+            database.execute("DELETE FROM alike")
 
         gone = set(names)
         with self._transaction() as database:
@@ -193,6 +192,28 @@ class Store:
                 "INSERT OR REPLACE INTO parts VALUES (CAST(? AS TEXT), ?, ?)",
                 (schema.text(source), shard, finished),
             )
+
+    def noted(self, digest: str) -> str | None:
+        """What was noted of tenants with this digest, if that is what was noted last."""
+        with self._transaction() as database:
+            query = "SELECT found FROM alike WHERE digest = ?"
+            found = database.execute(query, (digest,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def note(self, digest: str, found: str) -> None:
+        """Keep what is known of tenants beside each other, and nothing that was noted before."""
+        with self._transaction() as database:
+            database.execute("DELETE FROM alike")
+            database.execute("INSERT INTO alike VALUES (?, ?)", (digest, found))
+
+    def abandon(self, sources: Iterable[str]) -> None:
+        """Forget that there were sources which no tenant is of any more."""
+        statement = (
+            "DELETE FROM parts WHERE source = CAST(? AS TEXT) "
+            "AND source NOT IN (SELECT source FROM tenants)"
+        )
+        with self._transaction() as database:
+            database.executemany(statement, [(schema.text(source),) for source in sources])
 
     def tidy(self) -> None:
         """Rewrite chunks that are small, or half of rows that nothing refers to any more."""
@@ -242,6 +263,7 @@ class Store:
         except OSError as error:
             raise unwritable(folder, error) from None
         with self._transaction() as database:
+            database.execute(schema.ALIKE)
             chunks = {file: number for number, file in schema.files(database).items()}
             for file in chunks.keys() - there:
                 database.execute(

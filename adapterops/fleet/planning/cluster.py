@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,25 +21,31 @@ from adapterops.fleet.consent.policy import Consent
 from adapterops.fleet.grouping.budget import least_bound, remembered
 from adapterops.fleet.grouping.candidates import edges
 from adapterops.fleet.grouping.cover import greedy_cover
+from adapterops.fleet.grouping.covering import Measured, candidates, covered, measured
 from adapterops.fleet.grouping.graph import Candidates, graph
-from adapterops.fleet.grouping.groups import Compare, Group, Grouped, exact, verified_groups
+from adapterops.fleet.grouping.groups import Compare, Grouped, Value
 from adapterops.fleet.grouping.outlook import GRID, pareto
 from adapterops.fleet.grouping.partition import partitions
 from adapterops.fleet.grouping.sets import Sets, set_of
+from adapterops.fleet.grouping.unions import neighbours
+from adapterops.fleet.grouping.vectors import Vectors
 from adapterops.fleet.indexing.current import check_still, stale
 from adapterops.fleet.indexing.opened import Fleet, open_fleet
 from adapterops.fleet.planning.drafting import Draft
+from adapterops.fleet.planning.represented import Represented, Write, joined, represented
 from adapterops.fleet.plans.outcome import ClusterReport, outcome
-from adapterops.fleet.plans.plan import Metric, Plan, Point, Related
+from adapterops.fleet.plans.plan import Metric, Plan, Point, Related, figure
 from adapterops.fleet.plans.plandiff import diff
 from adapterops.fleet.plans.planfile import REPRESENTATIVES, plan_folder, read_plan, write_plan
 from adapterops.fleet.plans.standing import carry
-from adapterops.fleet.relating.related import By, related
+from adapterops.fleet.relating.related import Part, related
 from adapterops.fleet.replanning.staying import exchanged, kept_sketches, staying, without
+from adapterops.fleet.representing.averaging import averages
 from adapterops.fleet.representing.representative import KINDS, choose
-from adapterops.fleet.types import Array
-from adapterops.fleet.verifying.exact import Error, compare_groups
+from adapterops.fleet.verifying.exact import compare_groups
 from adapterops.stream import Compute
+
+_FARTHEST = 1.0  # apart: what is nearly orthogonal has no average worth trying
 
 Progress = Callable[[str, int, int], None]
 
@@ -153,27 +158,24 @@ def _planned(
     compare: Compare = remembered(
         partial(compare_groups, on=on, activations=inputs, allow_pickle=options.allow_pickle)
     )
-    value = _error if inputs is None else _measured
+    value = partial(figure, metric=options.metric)
 
-    def candidates(each: Sets, bound: float) -> Candidates:
-        found = edges(*each.vectors(fleet), each.bounds(bound), on)
-        return found.permitted(each.permissions.allowed)
+    vectors = measured(fleet, inputs, on, allow_pickle=options.allow_pickle)
 
     def grouped(each: Sets, graph: Candidates | None, bound: float) -> Grouped:
-        if len(each.nodes) == 1:
-            return Grouped((Group(0, {0: exact(each.nodes[0].records[0])}),), 0, {})
-        graph = graph or candidates(each, bound)
-        return verified_groups(each.nodes, graph, each.bounds(bound), compare, value)
+        return covered(each, vectors, graph, bound, on, compare, value)
 
     if options.max_error is not None:
         bound, found = options.max_error, [grouped(each, None, options.max_error) for each in sets]
     else:
         assert options.max_adapters is not None
-        wide = [candidates(each, GRID[-1]) for each in sets]
+        wide = [candidates(each, vectors(each), GRID[-1], on, least=GRID[0]) for each in sets]
         bound, found = least_bound(sets, wide, options.max_adapters, draft.apart, grouped)
     everyone = sets
     if previous is not None and options.previous is not None:
-        stayed = staying(options.previous, previous, fleet, parts, consent, bound, compare, value)
+        stayed = staying(
+            options.previous, previous, fleet, parts, consent, bound, options.metric, compare, value
+        )
         placed = {name for one in stayed for name in one.errors}
         alone = [record for record in able if record.tenant.name not in placed]
         fresh = [
@@ -197,9 +199,17 @@ def _planned(
         activations=inputs,
         allow_pickle=options.allow_pickle,
     )
+    write = partial(averages, seed=fleet.seed, make=make, value=value, on=on)
+    # A budget is met by originals; averages then lower the errors, not the number.
+    join = options.max_adapters is None and options.representative != "medoid"
     done, total = 0, sum(len(each.nodes) for each in sets)
     for each, groups in zip(sets, found, strict=True):
-        draft.add_set(each, groups, each.bounds(bound), make, value, on)
+        with scratch(draft.root) as work:
+            served = [Represented(group, None) for group in groups.groups]
+            if join and len(served) > 1:
+                served = _joined(draft, each, vectors(each), groups, bound, write, value, on, work)
+            best = represented(each, served, each.bounds(bound), write, value, work)
+            draft.add_groups(each, best, groups.failed)
         done += len(each.nodes)
         if progress:
             progress("adapters", done, total)
@@ -210,7 +220,7 @@ def _planned(
             f"{draft.adapters} adapters are needed to stay close to {options.previous}",
             hint=f"give --max-adapters {draft.adapters}, or plan without --previous",
         )
-    points, gain = _outlook(draft, everyone, bound, on)
+    points, gain = _outlook(draft, everyone, vectors, bound, on)
     return draft.plan(
         max_error=bound,
         metric=options.metric,
@@ -222,19 +232,45 @@ def _planned(
     )
 
 
+def _joined(
+    draft: Draft,
+    each: Sets,
+    vectors: Vectors,
+    found: Grouped,
+    bound: float,
+    write: Write,
+    value: Value,
+    on: Compute,
+    work: Path,
+) -> list[Represented]:
+    """The groups of a partition, those joined that one average may serve."""
+    alone = [Represented(group, None) for group in found.groups if group.center in found.failed]
+    groups = [group for group in found.groups if group.center not in found.failed]
+    bounds = each.bounds(bound)
+    rows = np.array([group.center for group in groups], np.int64)
+    reach = np.minimum(2 * bounds[rows], _FARTHEST)
+    try:
+        near = edges(vectors.rows(rows), reach, on)
+    except MemoryLimitError as error:
+        draft.note(f"averages that join groups were not looked for: {error.message}")
+        return [Represented(group, None) for group in found.groups]
+    both = joined(each, groups, neighbours(near), vectors, bounds, write, value, work)
+    return sorted([*alone, *both], key=lambda one: one.group.center)
+
+
 def _outlook(
-    draft: Draft, sets: Sequence[Sets], bound: float, on: Compute
+    draft: Draft, sets: Sequence[Sets], vectors: Measured, bound: float, on: Compute
 ) -> tuple[tuple[Point, ...], Mapping[str, Any]]:
     """What other bounds would give if all within each partition might share, and this one."""
     widest = max(bound, GRID[-1])
     several = [each for each in sets if len(each.nodes) > 1]
     single = [each.norms for each in sets if len(each.nodes) == 1]
     try:
-        graphs = [edges(*each.vectors(draft.fleet), widest, on) for each in several]
+        graphs = [edges(vectors(each), widest, on, least=GRID[0]) for each in several]
     except MemoryLimitError as error:
         draft.note(f"other bounds were not estimated: {error.message}")
         return (), {}
-    norms = [each.norms for each in several]
+    norms = [vectors(each).norms for each in several]
     if single:  # who can be compared with nobody
         none = np.zeros(0, np.int64)
         graphs.append(graph(len(single), none, none, np.zeros(0)))
@@ -244,40 +280,24 @@ def _outlook(
     return pareto(graphs, norms, alone=draft.apart), gain
 
 
-def _error(found: Error) -> float:
-    return found.error
-
-
-def _measured(found: Error) -> float:
-    if found.measured is None:  # inputs say nothing of it: only the same is certain
-        return 0.0 if found.error == 0.0 else math.inf
-    return found.measured
-
-
 def _related(
     draft: Draft, sets: Sequence[Sets], options: Options, on: Compute
 ) -> tuple[Related, ...]:
     fleet = draft.fleet
-    listed: list[Related] = []
-    for each in sets:
-        if len(each.nodes) < 2:
-            continue
-        records = [node.records[0] for node in each.nodes]
-        names = [record.tenant.name for record in records]
-        served = {name: draft.served[name].by for name in names}
-        sketches = fleet.matrix(records)[0]
-        norms = np.linalg.norm(sketches, axis=1, keepdims=True)
-        delta = np.divide(sketches, norms, out=sketches, where=norms > 0)
-        # What one initialisation makes alike are inputs: outputs start at zero.
-        kinds: tuple[tuple[By, Array, Array | None], ...] = (
-            ("delta", delta, fleet.starts(records)),
-            ("outputs", fleet.outputs(records), None),
-        )
-        for by, vectors, starts in kinds:
-            found, note = related(
-                names, vectors, by, served, on, starts=starts, q=options.discovery, seed=fleet.seed
-            )
-            listed += found
-            if note and len(sets) == 1:
-                draft.note(f"related tenants by {by}: {note}")
-    return tuple(listed)
+    several = [each for each in sets if len(each.nodes) > 1]
+
+    def parts() -> Iterator[Part]:
+        for each in several:
+            records = [node.records[0] for node in each.nodes]
+            names = [record.tenant.name for record in records]
+            yield Part("delta", names, fleet.matrix(records)[0], fleet.starts(records))
+            # What one initialisation makes alike are inputs: outputs start at zero.
+            yield Part("outputs", names, fleet.outputs(records))
+
+    served = {name: item.by for name, item in draft.served.items()}
+    listed, notes = related(parts(), served, on, q=options.discovery, seed=fleet.seed)
+    if len(sets) == 1:
+        kinds = zip(("delta", "outputs"), notes, strict=False)
+        for text in (f"related tenants by {by}: {note}" for by, note in kinds if note):
+            draft.note(text)
+    return listed

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from adapterops.errors import ChangedError, FormatError
-from adapterops.files.scratch import scratch
-from adapterops.fleet.consent.policy import NEAR_EXACT, Consent
-from adapterops.fleet.grouping.groups import Group, Grouped, Value, exact
+from adapterops.errors import AdapterOpsError, ChangedError, FormatError
+from adapterops.fleet.consent.policy import Consent
+from adapterops.fleet.grouping.groups import Group, exact
 from adapterops.fleet.grouping.sets import Sets, sketches
 from adapterops.fleet.indexing.current import AGAIN, as_it_is
 from adapterops.fleet.indexing.opened import Fleet
+from adapterops.fleet.planning.entries import (
+    BASE,
+    average,
+    base_of,
+    original,
+    served_by,
+    served_by_base,
+)
+from adapterops.fleet.planning.represented import Represented
 from adapterops.fleet.plans.ids import DIGITS, fresh
 from adapterops.fleet.plans.plan import Metric, Plan, Point, Related, Representative, Served
 from adapterops.fleet.plans.planfile import Sketched
 from adapterops.fleet.replanning.staying import Stayed
-from adapterops.fleet.representing.averaging import FILE, Asked, Average, Make, averages
-from adapterops.fleet.types import Array, Record, Signature
+from adapterops.fleet.representing.averaging import FILE, Average
+from adapterops.fleet.types import Record, Signature
 from adapterops.fleet.verifying.exact import Error
 from adapterops.formats.names import DIRECTORIES
-from adapterops.stream import Compute
 
-_BASE = "base"
 _DUPLICATES = "duplicates: the same to 0.001 of their change"
 _ALONE = {
     "none": "nothing in the fleet is the same to 0.001; sharing more needs consent",
@@ -46,7 +49,7 @@ class Draft:
         self.apart = 0
         self.stayed: list[Representative] = []
         self._consent = consent
-        self._root = root
+        self.root = root
         self._below = below
         self._reps: dict[str, Representative] = {}
         self._excluded: dict[str, str] = {}
@@ -81,7 +84,8 @@ class Draft:
                 reason = "its own bytes" if same else "shares, as before"
                 if rep.members == (record.tenant.name,) and same:
                     reason = self._before(record, rep)
-                self._serve(record, rep.id, one.errors[record.tenant.name], reason)
+                name = record.tenant.name
+                self.served[name] = served_by(rep.id, record, one.errors[name], reason)
             self.stayed.append(rep)
         self._parts += sketches
 
@@ -94,20 +98,26 @@ class Draft:
 
         The result are the other records, without those whose names are in `stale`.
         """
-        able = []
+        able: list[Record] = []
+        none: list[Record] = []
         for record in self.fleet.records:
             private = self._consent.policy.rule(record.tenant.name).private
             if record.status == "broken":
-                self._exclude(record, record.reason, strict)
+                if strict:
+                    raise FormatError(record.reason, path=record.tenant.path)
+                self._excluded[record.tenant.name] = record.reason
             elif record.tenant.name in stale:
                 self.apart += 1
             elif record.status == "no-op" and not private:
-                self._add_no_op(record)
+                none.append(record)
             elif record.status in ("no-op", "ineligible"):
                 self._alone(record, "private" if private else f"not compared: {record.reason}")
                 self.apart += 1
             else:
                 able.append(record)
+        if none:
+            self._reps[BASE] = base_of(none)
+            self.served |= {record.tenant.name: served_by_base(record) for record in none}
         return able
 
     def add_stale(self, versions: Mapping[str, str], *, strict: bool, allow_pickle: bool) -> None:
@@ -130,157 +140,74 @@ class Draft:
             else:
                 self._alone(now, f"{said}: {AGAIN}")
 
-    def _exclude(self, record: Record, reason: str, strict: bool) -> None:
-        if strict:
-            raise FormatError(reason, path=record.tenant.path)
-        self._excluded[record.tenant.name] = reason
-
-    def _add_no_op(self, record: Record) -> None:
-        name = record.tenant.name
-        rep = self._reps.get(_BASE) or Representative(
-            _BASE, "base", "", base=record.base, reason="the base model itself: their change is 0"
-        )
-        self._reps[_BASE] = replace(rep, members=(*rep.members, name))
-        self.served[name] = Served(
-            _BASE,
-            traffic=record.tenant.traffic,
-            size=record.size,
-            rank=record.rank,
-            reason="its change is zero",
-        )
-
     def _alone(self, record: Record, reason: str) -> Representative:
         """A tenant that its own adapter serves."""
-        rep = self._original(record, reason)
+        rep = original(record, reason, self._reps)
         self._reps[rep.id] = rep
-        self._serve(record, rep.id, exact(record), reason)
+        self.served[record.tenant.name] = served_by(rep.id, record, exact(record), reason)
         return rep
 
-    def _original(self, record: Record, reason: str) -> Representative:
-        return Representative(
-            self._fresh_id(record.content),
-            "original",
-            record.tenant.path,
-            record.tenant.location,
-            members=(record.tenant.name,),
-            holds=(record.tenant.name,),
-            rank=record.rank,
-            size=record.size,
-            dtype=record.dtype,
-            dialect=record.dialect,
-            base=record.base,
-            content=record.content,
-            reason=reason,
-        )
+    def add_groups(
+        self,
+        each: Sets,
+        groups: Iterable[Represented],
+        failed: Mapping[int, AdapterOpsError],
+    ) -> int:
+        """A partition's groups with what serves them; averages move into PLAN. Their number.
 
-    def _fresh_id(self, content: str) -> str:
-        """The start of a content's hash, with a number where private duplicates share it."""
-        return fresh(content[:DIGITS], self._reps)
-
-    def _serve(self, record: Record, id: str, error: Error, reason: str) -> None:
-        self.served[record.tenant.name] = Served(
-            by=id,
-            error=error.error,
-            missing=error.missing,
-            foreign=error.foreign,
-            cosine=error.cosine,
-            worst=error.worst,
-            measured=error.measured,
-            traffic=record.tenant.traffic,
-            norm=record.norm,
-            rank=record.rank,
-            size=record.size,
-            reason=reason,
-        )
-
-    def add_set(
-        self, each: Sets, found: Grouped, bounds: Array, make: Make, value: Value, on: Compute
-    ) -> None:
-        """The verified groups of a partition, each with the best representative."""
-        for node, error in found.failed.items():
+        `failed` are the nodes whose files could not be read again.
+        """
+        for node, error in failed.items():
             name = each.nodes[node].records[0].tenant.name
             self._warnings.append(f"{name} could not be compared: {error.message}")
-        wide = [group for group in found.groups if _differ(group, value)]
-        asked = [self._asked(each, group, bounds) for group in wide]
-        kept: list[tuple[Representative, Signature | None, int]] = []
-        with ExitStack() as stack:
-            made: Iterator[Average] = iter(())
-            if asked:
-                inside = stack.enter_context(scratch(self._root))
-                made = averages(asked, inside, self.fleet.seed, make, value, on)
-            for group in found.groups:
-                average = next(made) if _differ(group, value) else None
-                kept.append(self._add_group(each, group, average))
+        kept = [self._add_group(each, one.group, one.average) for one in groups]
         self._parts += sketches(each, self.fleet, self._consent, kept)
-
-    def _asked(self, each: Sets, group: Group, bounds: Array) -> Asked:
-        rows = np.array(sorted(group.errors))
-        records = [each.nodes[row].record for row in rows]
-        names = [record.tenant.name for record in records]
-        able = each.permissions.blend(rows)
-        allowed = [name for name, yes in zip(names, able, strict=True) if yes]
-        limits = dict(zip(names, bounds[rows].tolist(), strict=True))
-        errors = dict(zip(names, (group.errors[row] for row in rows), strict=True))
-        return Asked(each.nodes[group.center].record, records, allowed, limits, errors)
+        return len(kept)
 
     def _add_group(
         self, each: Sets, group: Group, made: Average | None
     ) -> tuple[Representative, Signature | None, int]:
-        center = each.nodes[group.center]
-        if len(group.errors) == 1 and len(center.records) == 1:
-            record = center.records[0]
-            return self._alone(record, self._why_alone(each, record)), None, group.center
-        errors = {node: group.errors[node] for node in sorted(group.errors)}
+        center = each.nodes[group.center].records[0]
+        if len(group.errors) == 1 and len(each.nodes[group.center].records) == 1:
+            return self._alone(center, self._why_alone(each, center)), None, group.center
         reason = made.chosen.reason if made else _DUPLICATES
         new = made.signature if made else None
+        errors = {node: group.errors[node] for node in sorted(group.errors)}
         if made and new:
             names = {each.nodes[node].records[0].tenant.name: node for node in errors}
             checked = {names[name]: error for name, error in made.chosen.errors.items()}
             errors = {node: error for node, error in checked.items() if isinstance(error, Error)}
-        rep = self._representative(each, group, made, reason)
+            rep = self._published(each, sorted(errors), center, made, new.content)
+        else:
+            bound = made.chosen.bound if made else None
+            rep = replace(original(center, reason, self._reps), kind="medoid", bound=bound)
         members = []
         for node, error in errors.items():
             for record in each.nodes[node].records:
-                own = exact(record) if record is center.records[0] and new is None else error
-                same = record.content == rep.content
-                self._serve(record, rep.id, own, "its own bytes" if same else f"shares: {reason}")
-                members.append(record.tenant.name)
+                own = exact(record) if record is center and new is None else error
+                name, same = record.tenant.name, record.content == rep.content
+                why = "its own bytes" if same else "shares"
+                self.served[name] = served_by(rep.id, record, own, why)
+                members.append(name)
         self._reps[rep.id] = replace(rep, members=tuple(sorted(members)))
         return self._reps[rep.id], new, group.center
 
-    def _representative(
-        self, each: Sets, group: Group, made: Average | None, reason: str
+    def _published(
+        self, each: Sets, nodes: Sequence[int], like: Record, made: Average, content: str
     ) -> Representative:
-        center = each.nodes[group.center].records[0]
-        bound = made.chosen.bound if made else None
-        if made is None or made.signature is None:
-            return replace(self._original(center, reason), kind="medoid", members=(), bound=bound)
-        chosen, new = made.chosen, made.signature
-        id = self._fresh_id(new.content)
-        inside = "" if center.dialect in DIRECTORIES else f"/{FILE}"
-        place = self._root / self._below / id
+        """An average, moved to where PLAN has its adapters."""
+        id = fresh(content[:DIGITS], self._reps)
+        place = self.root / self._below / id
         place.parent.mkdir(exist_ok=True)
         made.folder.rename(place)
-        twins = [
+        holds = [
             record.tenant.name
-            for node in each.nodes
-            if node.records[0].tenant.name in chosen.holds
-            for record in node.records
+            for node in nodes
+            if each.nodes[node].records[0].tenant.name in made.chosen.holds
+            for record in each.nodes[node].records
         ]
-        return Representative(
-            id,
-            chosen.kind,
-            f"{self._below}/{id}{inside}",
-            holds=tuple(sorted(twins)),
-            rank=chosen.rank,
-            size=chosen.size,
-            dtype=chosen.dtype,
-            dialect=center.dialect,
-            base=center.base,
-            content=new.content,
-            bound=bound,
-            reason=reason,
-        )
+        inside = "" if like.dialect in DIRECTORIES else f"/{FILE}"
+        return average(made, content, f"{self._below}/{id}{inside}", holds, like, id)
 
     def _why_alone(self, each: Sets, record: Record) -> str:
         rule = self._consent.policy.rule(record.tenant.name)
@@ -332,11 +259,6 @@ class Draft:
             notes=tuple(self._notes),
             warnings=tuple(self._warnings),
         )
-
-
-def _differ(group: Group, value: Value) -> bool:
-    """Whether a group's members are more than duplicates."""
-    return len(group.errors) > 1 and max(map(value, group.errors.values())) > NEAR_EXACT
 
 
 def _in(metric: Metric, item: Served) -> Served:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adapterops.certificate import plain
-from adapterops.fleet.plans.plan import Plan, Point, Related, Served
+from adapterops.fleet.plans.plan import Plan, Point, Related, figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def outcome(plan: Plan, output: str, changes: Mapping[str, Any]) -> ClusterRepor
         max_error=plan.max_error,
         metric=plan.metric,
         allow_sharing=str(plan.options["allow_sharing"]),
-        errors=_spread([_figure(item) for item in shared]),
+        errors=_spread([figure(item, plan.metric) for item in shared]),
         foreign=_spread([item.foreign for item in shared]),
         groups=tuple(
             GroupInfo(
@@ -103,7 +103,7 @@ def outcome(plan: Plan, output: str, changes: Mapping[str, Any]) -> ClusterRepor
                 rep.kind,
                 rep.members,
                 rep.rank,
-                max(_figure(plan.served[name]) for name in rep.members),
+                max(figure(plan.served[name], plan.metric) for name in rep.members),
                 max(plan.served[name].foreign for name in rep.members),
                 rep.reason,
             )
@@ -119,10 +119,6 @@ def outcome(plan: Plan, output: str, changes: Mapping[str, Any]) -> ClusterRepor
         warnings=plan.warnings,
         notes=plan.notes,
     )
-
-
-def _figure(item: Served) -> float:
-    return item.error if item.measured is None else item.measured
 
 
 def _spread(values: Sequence[float]) -> Spread | None:

@@ -6,13 +6,33 @@ PLAN is a directory: `plan.json`, the representatives that are new under `repres
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 Kind = Literal["original", "medoid", "mean", "minimax", "base"]
 Metric = Literal["frobenius", "activation"]
 SCHEMA = "adapterops.plan/1"
+
+
+class Figures(Protocol):
+    """Errors of one tenant by what serves it, as `Served` defines them."""
+
+    @property
+    def error(self) -> float: ...
+    @property
+    def measured(self) -> float | None: ...
+
+
+def figure(found: Figures, metric: str) -> float:
+    """The error in a plan's metric, which its bound is held against.
+
+    What was not measured in it may be anything, unless it is the same.
+    """
+    if metric == "frobenius" or found.error == 0.0:
+        return found.error
+    return math.inf if found.measured is None else found.measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +45,7 @@ class Served:
     `foreign` the norm of what others' training adds, over ‖D‖. `worst` is the module with the
     largest error of its own and that error. `measured` is the error in the plan's metric where that
     is not Frobenius. `location` opens the tenant's own adapter where `assign` was given it: the
-    index may know an earlier version.
+    index may know an earlier version. `reason` is short; that of a group is its representative's.
     """
 
     by: str
@@ -75,8 +95,8 @@ class Representative:
 class Related:
     """Tenants whose similarity stands out from the fleet's background; no promise is made of them.
 
-    `by` is "delta" or "outputs", `cosines` the lowest and highest within the group, `grouped` how
-    many of them one adapter serves already.
+    `by` is "delta" or "outputs", `cosines` the lowest and highest within the group, of those that
+    one adapter serves the first only, `grouped` how many of them one adapter serves already.
     """
 
     by: Literal["delta", "outputs"]

@@ -31,7 +31,9 @@ class Sketched:
     """Representatives that may serve the same tenants, by their ids, and their sketches.
 
     `key` is the partition's: base, dialect and extras that a newcomer must have. `sketches` (K, D)
-    are float32, of norm 1, over the modules of `layout` side by side; `norms` (K,) are ‖ΔW‖_F.
+    are float32, over the modules of `layout` side by side; `norms` (K,) are ‖ΔW‖_F. A sketch is of
+    ΔW/‖ΔW‖ as `index` measured it and not normalised again, here and wherever sketches are
+    compared: ν₁s₁ − ν₂s₂ is then the sketch of ΔW₁ − ΔW₂. Its own norm is 1 on average.
     """
 
     key: tuple[str, ...]
@@ -102,7 +104,8 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         if unknown:
             raise ValueError(f"there is no representative {min(unknown)!r}")
         listed = [(name, id) for id, rep in plan.representatives.items() for name in rep.members]
-        if sorted(listed) != sorted((name, item.by) for name, item in plan.served.items()):
+        found = {name: item.by for name, item in plan.served.items()}
+        if len(listed) != len(found) or dict(listed) != found:
             raise ValueError("members of representatives are not those whom they serve")
         if document.get("routes") != plan.routes:
             raise ValueError("routes are not those of served and representatives")

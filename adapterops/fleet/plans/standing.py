@@ -10,7 +10,7 @@ import numpy as np
 from adapterops.errors import FileError, FormatError, IncompatibleError
 from adapterops.files.clone import duplicate
 from adapterops.files.output import Staging
-from adapterops.files.publish import sync_tree
+from adapterops.files.publish import sync_directory, sync_file
 from adapterops.fleet.consent.policy import Consent
 from adapterops.fleet.plans.plan import Plan, Representative
 
@@ -50,7 +50,7 @@ def carry(plan: Path, representatives: list[Representative], staging: Staging) -
     names them, relative to it. Raises FormatError for a path that leads out of the plan, FileError
     for one that is not there.
     """
-    names = []
+    names, folders = [], set[Path]()
     for rep in representatives:
         relative = PurePosixPath(rep.path)
         if relative.is_absolute() or ".." in relative.parts or not relative.parts:
@@ -65,9 +65,19 @@ def carry(plan: Path, representatives: list[Representative], staging: Staging) -
             name = str(file.relative_to(plan))
             target = staging.path(name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            duplicate(file, target, link=True)
+            _named(file, target)
             names.append(name)
-    for top in {PurePosixPath(name).parts[0] for name in names}:
-        if staging.path(top).is_dir():
-            sync_tree(staging.path(top))
+            folders |= {staging.root / part for part in PurePosixPath(name).parents}
+    for name in names:  # after all links were made: a journal then commits them at once
+        sync_file(staging.path(name))
+    for folder in sorted(folders, reverse=True):
+        sync_directory(folder)
     return names
+
+
+def _named(source: Path, target: Path) -> None:
+    """A second name for a file, not durable yet, or a copy that is."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        duplicate(source, target)

@@ -3,21 +3,20 @@
 What similarity is usual is read from the fleet itself, an empirical null (Efron 2004, Large-scale
 simultaneous hypothesis testing): `background` standardises the cosine of a pair by the two tenants'
 own level and spread, then by the location, scale and tail of all pairs. That gives a one-sided p of
-every pair, and Benjamini & Hochberg's step-up rule (1995) takes those whose expected share of false
-ones is q. Pairs share tenants, so their p are dependent, mildly and positively; that the rate holds
-all the same is simulated in the tests.
-
-Groups are grown from the most significant pair down, and two of them join only where every pair
-across is significant by itself (complete linkage). Single linkage would chain: a like b and b like
-c makes one group of a and c, which nothing relates. Average linkage would let strong pairs pay for
-pairs that do not stand out, and the stated rate would say nothing of those.
+every pair, and Benjamini & Hochberg's step-up rule (1995), over all pairs of all partitions by
+deltas and by outputs together, takes those whose expected share of false ones is q: the rate is of
+the whole report. The p are dependent: pairs share tenants, and a pair is tested by both kinds. That
+is positive where anything (a tenant that scatters, a pair alike in both), for which the rule still
+holds (Benjamini & Yekutieli 2001), but this is not proven of cosines, so the rate is nominal; the
+tests simulate it. Benjamini & Yekutieli's own rule, for any dependence, would cost a factor of
+log(pairs) that fleets do not show to be needed.
 
 All pairs are compared in blocks, one product each; what is kept is only what may be significant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ from adapterops.fleet.relating.background import (
     p_values,
     sampled,
 )
+from adapterops.fleet.relating.cliques import cliques
 from adapterops.stream import Compute, Job, run
 
 Array = np.ndarray[Any, Any]
@@ -66,41 +66,85 @@ class Discovery:
 
 
 @dataclass(frozen=True, slots=True)
-class _Hits:
-    """Pairs (i < j) that may be significant, with their p."""
+class Sample:
+    """Rows that are compared with each other: unit `vectors` (N, D), and `starts` (N, k) or None.
+
+    The starts, unit norm, are fingerprints of the initialisation. Two tenants that share one are
+    alike for that alone, so such pairs are judged against each other; where they are too few to
+    tell what is usual among them, they are not tested.
+    """
+
+    vectors: Array
+    starts: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """Pairs (i < j) that may be significant, with their p and cosines, float64."""
 
     first: Array
     second: Array
     p: Array
+    cosines: Array
+
+    def taken(self, most: float) -> Hits:
+        """Those whose p is at most this."""
+        low = self.p <= most
+        return Hits(self.first[low], self.second[low], self.p[low], self.cosines[low])
+
+
+@dataclass(frozen=True, slots=True)
+class _Tested:
+    """What a sample may show, how many of its pairs were tested, what could not be told."""
+
+    hits: Hits
+    pairs: int
+    note: str
 
 
 def discover(
-    vectors: Array,
-    on: Compute,
-    *,
-    starts: Array | None = None,
-    q: float = DISCOVERY,
-    seed: int = 0,
-) -> Discovery:
-    """Groups of rows of `vectors` (N, D), unit norm, whose cosines stand out, at false discovery q.
+    samples: Iterable[Sample], on: Compute, *, q: float = DISCOVERY, seed: int = 0
+) -> list[Discovery]:
+    """Groups of rows of each sample whose cosines stand out from it, in order.
 
-    `starts` (N, k), unit norm, are fingerprints of the initialisation. Two tenants that share one
-    are alike for that alone, so such pairs are judged against each other; where they are too few
-    to tell what is usual among them, they are not tested. `seed` draws the background's sample.
+    The false discovery rate is q over all samples together. Only one sample is held at a time;
+    `seed` draws each background's sample.
     """
-    count = len(vectors)
+    found = [_tested(sample, on, q, seed) for sample in samples]
+    p = np.concatenate([np.zeros(0), *(one.hits.p for one in found)])
+    most = step_up(p, sum(one.pairs for one in found), q)
+    return [_discovery(one, one.hits.taken(most)) for one in found]
+
+
+def _tested(sample: Sample, on: Compute, q: float, seed: int) -> _Tested:
+    count = len(sample.vectors)
     if count < FEWEST:
-        return Discovery(note=_too_few(f"{count} tenants", f"{FEWEST} tenants"))
-    sample = sampled(count, seed)
-    level = levels(vectors, sample)
-    nulls, counts = _backgrounds(level, starts, sample)
-    hits, tested = _hits(level, starts, nulls, q, on)
-    first, second, p = _step_up(hits, tested, q)
+        none = np.zeros(0, np.int64)
+        note = _too_few(f"{count} tenants", f"{FEWEST} tenants")
+        return _Tested(Hits(none, none, np.zeros(0), np.zeros(0)), 0, note)
+    rows = sampled(count, seed)
+    level = levels(sample.vectors, rows)
+    nulls, counts = _backgrounds(level, sample.starts, rows)
+    hits, pairs = _hits(level, sample.starts, nulls, q, on)
+    return _Tested(hits, pairs, _untested(nulls, counts))
+
+
+def _discovery(tested: _Tested, hits: Hits) -> Discovery:
+    """The groups of a sample's significant pairs, which all pairs within a group are."""
+    found = cliques(hits.first, hits.second, hits.p)
+    owner = np.full(1 + max(hits.second, default=0), -1)
+    for place, members in enumerate(found):
+        owner[members] = place
+    inside = (owner[hits.first] == owner[hits.second]) & (owner[hits.first] >= 0)
+    low, high = np.full(len(found), 1.0), np.full(len(found), -1.0)
+    np.minimum.at(low, owner[hits.first[inside]], hits.cosines[inside])
+    np.maximum.at(high, owner[hits.first[inside]], hits.cosines[inside])
     groups = [
-        Group(tuple(members), _extremes(vectors[members])) for members in cliques(first, second, p)
+        Group(tuple(members), (max(float(low[place]), -1.0), min(float(high[place]), 1.0)))
+        for place, members in enumerate(found)
     ]
     groups.sort(key=lambda group: (-len(group.members), group.members))
-    return Discovery(tuple(groups), tested, len(p), _untested(nulls, counts))
+    return Discovery(tuple(groups), tested.pairs, len(hits.p), tested.note)
 
 
 def _too_few(found: str, needed: str) -> str:
@@ -140,16 +184,16 @@ def _hits(
     nulls: Sequence[Background | None],
     q: float,
     on: Compute,
-) -> tuple[_Hits, int]:
+) -> tuple[Hits, int]:
     """The pairs whose p is small enough to matter, and how many were tested."""
     count = len(level.vectors)
     pairs = count * (count - 1) // 2
-    # By chance p ≤ `most` for at most _KEPT pairs. The step-up rule never goes beyond it unless
-    # more than _KEPT / q pairs are significant; then it stops there, which is on the safe side.
+    # By chance p ≤ `most` for at most _KEPT pairs. The step-up rule goes beyond it only where more
+    # than _KEPT / q pairs are significant; pairs that are not kept then are on the safe side.
     most = min(q, _KEPT / pairs)
     cuts = [np.inf if null is None else null.cut(most) for null in nulls]
     alone = starts is None or nulls[0] is nulls[1]
-    found: list[tuple[Array, Array, Array]] = []
+    found: list[tuple[Array, Array, Array, Array]] = []
     tested = 0
     jobs = _jobs(level, None if alone else starts, cuts)
     for rows, columns, values, same, counted in run(jobs, on):
@@ -159,9 +203,9 @@ def _hits(
             if null is not None:
                 p[own] = p_values(null, values[own])
                 tested += counted[kind]
-        found.append((rows, columns, p))
+        found.append((rows, columns, p, level.cosines(values, rows, columns)))
     parts = [np.concatenate(part) for part in zip(*found, strict=True)]
-    return _Hits(*parts), tested
+    return Hits(*parts), tested
 
 
 Block = tuple[Array, Array, Array, Array, tuple[int, int]]
@@ -201,69 +245,14 @@ def _block(
     return rows + row, columns + column, kept, same, (pairs - alike, alike)
 
 
-def _step_up(hits: _Hits, tested: int, q: float) -> tuple[Array, Array, Array]:
-    """The pairs that Benjamini & Hochberg's rule rejects, the smallest p first, ties by index."""
-    order = np.lexsort((hits.second, hits.first, hits.p))
-    p = hits.p[order]
-    below = np.flatnonzero(p <= q * np.arange(1, len(p) + 1) / max(tested, 1))
-    order = order[: below[-1] + 1] if len(below) else order[:0]
-    return hits.first[order], hits.second[order], hits.p[order]
+def step_up(p: Array, tested: int, q: float) -> float:
+    """The largest p that Benjamini & Hochberg's rule rejects of so many tests; -1 for none.
 
-
-def cliques(first: Array, second: Array, p: Array) -> list[list[int]]:
-    """Groups of two and more in the graph of these edges, every pair within one an edge of it.
-
-    The smallest p first, two groups join where all pairs across are edges. Where some are missing
-    they stay missing however the groups grow, so one pass over the edges decides.
+    `p` are those that may be, in any order; the others are larger.
     """
-    owner: dict[int, int] = {}
-    groups: dict[int, list[int]] = {}
-    across: dict[int, dict[int, int]] = {}
-    order = np.lexsort((second, first, p))
-    edges = list(zip(first[order].tolist(), second[order].tolist(), strict=True))
-    for i, j in edges:
-        for node in (i, j):
-            owner.setdefault(node, node)
-            groups.setdefault(node, [node])
-            across.setdefault(node, {})
-        across[i][j] = across[j][i] = 1
-    for i, j in edges:
-        a, b = owner[i], owner[j]
-        if a == b or across[a].get(b, 0) < len(groups[a]) * len(groups[b]):
-            continue
-        if len(across[a]) < len(across[b]):
-            a, b = b, a
-        _join(a, b, owner, groups, across)
-    return [sorted(members) for members in groups.values() if len(members) > 1]
-
-
-def _join(
-    a: int,
-    b: int,
-    owner: dict[int, int],
-    groups: dict[int, list[int]],
-    across: dict[int, dict[int, int]],
-) -> None:
-    """Group b becomes part of group a, the smaller table of edges moved into the larger."""
-    for node in groups[b]:
-        owner[node] = a
-    groups[a] += groups.pop(b)
-    del across[a][b]
-    for other, edges in across.pop(b).items():
-        if other != a:
-            del across[other][b]
-            total = across[a].get(other, 0) + edges
-            across[a][other] = across[other][a] = total
-
-
-def _extremes(vectors: Array) -> tuple[float, float]:
-    """The lowest and highest cosine of two rows, (k, D) with k ≥ 2."""
-    low, high = np.inf, -np.inf
-    for start in range(0, len(vectors) - 1, _BLOCK):
-        cosines = vectors[start : start + _BLOCK] @ vectors[start:].T
-        above = cosines[np.triu_indices(len(cosines), 1, cosines.shape[1])]
-        low, high = min(low, float(above.min())), max(high, float(above.max()))
-    return max(low, -1.0), min(high, 1.0)
+    ordered = np.sort(p)
+    below = np.flatnonzero(ordered <= q * np.arange(1, len(p) + 1) / max(tested, 1))
+    return float(ordered[below[-1]]) if len(below) else -1.0
 
 
 def _unit(rows: Array) -> Array:
@@ -273,39 +262,54 @@ def _unit(rows: Array) -> Array:
     return rows
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tenants of a partition, row i of `vectors` (N, D) being tenant `names[i]`.
+
+    The rows are sketches, float32, of any norm; `starts` are as in `Sample`.
+    """
+
+    by: By
+    names: Sequence[str]
+    vectors: Array
+    starts: Array | None = None
+
+
 def related(
-    names: Sequence[str],
-    vectors: Array,
-    by: By,
+    parts: Iterable[Part],
     served: Mapping[str, str],
     on: Compute,
     *,
-    starts: Array | None = None,
     q: float = DISCOVERY,
     seed: int = 0,
-) -> tuple[tuple[Related, ...], str]:
-    """`discover` in terms of tenants, row i of `vectors` being tenant `names[i]`; and its note.
+) -> tuple[tuple[Related, ...], tuple[str, ...]]:
+    """`discover` in terms of tenants: the groups of all parts, and the note of each part.
 
-    The rows are sketches, float32, of any norm.
-
-    `served` is the id of what serves each tenant. Those that one adapter serves are one thing here,
-    the first of them by name: copies of a tenant would make a crowd of one, and a background of
-    themselves. A group lists them all; of a group, `grouped` is how many the busiest adapter
-    serves. What one adapter serves entirely is no news and is not listed.
+    Parts are taken one after the other and not kept. `served` is the id of what serves each tenant.
+    Those of a part that one adapter serves are one thing here, the first of them by name: copies of
+    a tenant would make a crowd of one, and a background of themselves. A group lists them all, and
+    has the cosines of the first ones; `grouped` is how many of a group the busiest adapter serves.
+    What one adapter serves entirely is no news and is not listed.
     """
-    together: dict[str, list[int]] = {}
-    for row in sorted(range(len(names)), key=lambda row: names[row]):
-        together.setdefault(served.get(names[row], f"\0{names[row]}"), []).append(row)
-    crowds = list(together.values())
-    heads = [crowd[0] for crowd in crowds]
-    own = None if starts is None else starts[heads]
-    found = discover(_unit(vectors[heads]), on, starts=own, q=q, seed=seed)
+    known: list[tuple[By, list[list[str]]]] = []
+
+    def samples() -> Iterator[Sample]:
+        for part in parts:
+            together: dict[str, list[int]] = {}
+            for row in sorted(range(len(part.names)), key=lambda row: part.names[row]):
+                name = part.names[row]
+                together.setdefault(served.get(name, f"\0{name}"), []).append(row)
+            heads = [crowd[0] for crowd in together.values()]
+            crowds = [[part.names[row] for row in crowd] for crowd in together.values()]
+            known.append((part.by, crowds))
+            own = None if part.starts is None else part.starts[heads]
+            yield Sample(_unit(part.vectors[heads]), own)
+
+    found = discover(samples(), on, q=q, seed=seed)
     listed = []
-    for group in found.groups:
-        rows = sorted(row for place in group.members for row in crowds[place])
-        members = tuple(sorted(names[row] for row in rows))
-        grouped = max(len(crowds[place]) for place in group.members)
-        listed.append(
-            Related(by, members, _extremes(_unit(vectors[rows])), grouped if grouped > 1 else 0)
-        )
-    return tuple(listed), found.note
+    for (by, crowds), one in zip(known, found, strict=True):
+        for group in one.groups:
+            members = tuple(sorted(name for place in group.members for name in crowds[place]))
+            grouped = max(len(crowds[place]) for place in group.members)
+            listed.append(Related(by, members, group.cosines, grouped if grouped > 1 else 0))
+    return tuple(listed), tuple(one.note for one in found)

@@ -8,13 +8,13 @@ Nobody else moves: the weights of a representative and its other members stay wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from adapterops.errors import AdapterOpsError, IncompatibleError
 from adapterops.fleet.consent.policy import NEAR_EXACT, Consent
-from adapterops.fleet.plans.plan import Plan, Representative, Served
+from adapterops.fleet.plans.plan import Plan, Representative, Served, figure
 from adapterops.fleet.plans.planfile import Sketched
 from adapterops.fleet.replanning.joining import (
     Added,
@@ -22,6 +22,7 @@ from adapterops.fleet.replanning.joining import (
     Fate,
     Newcomer,
     joined,
+    merged,
     singleton,
     sketch_of,
 )
@@ -48,7 +49,7 @@ def limit_of(plan: Plan) -> float:
     """The error that the plan allows: its bound, or, planned by number, the largest that it has."""
     if plan.max_error is not None:
         return plan.max_error
-    return max((_figure(plan, item) for item in plan.served.values()), default=0.0)
+    return max((figure(item, plan.metric) for item in plan.served.values()), default=0.0)
 
 
 def assign(
@@ -76,20 +77,36 @@ def assign(
     placed = place(offers, partial(judge.judged, plan.representatives, asking))
     for name, (_, served) in placed.found.items():
         fates[name] = judge.taken(name, served)
-    added: dict[str, Added] = {}
+    added: list[Added] = []
+    made: dict[str, Representative] = {}
+    parts: list[Searched] = []
+    taken = set(plan.representatives)
     for name in placed.rest:
-        item, made = asking[name], {id: one.representative for id, one in added.items()}
-        parts = [searched(one.sketched) for one in added.values() if one.sketched is not None]
+        item, own = asking[name], _own(plan, name)
         among = {name: _offers(judge, made, parts, item)}
         later = place(among, partial(judge.judged, made, asking)).found
         if name in later:
             fates[name] = judge.taken(name, later[name][1])
             continue
-        rep = singleton(item, {*plan.representatives, *made} - {_own(plan, name)})
-        added[rep.id] = Added(rep, sketch_of(rep.id, item))
+        rep = singleton(item, taken - {own} if own else taken)
+        sketch = sketch_of(rep.id, item)
+        added.append(Added(rep, sketch))
+        made[rep.id] = rep
+        taken.add(rep.id)
+        parts = parts if sketch is None else grown(parts, sketch)
         fates[name] = judge.alone(item, rep.id)
     found = tuple(fate for fate in fates.values() if fate is not None)
-    return Assignment(*joined(plan, sketched, found, list(added.values())), found)
+    return Assignment(*joined(plan, sketched, found, added), found)
+
+
+def grown(parts: Sequence[Searched], more: Sketched) -> list[Searched]:
+    """The parts with a further one; no two of a kind are of about one size, so they stay few."""
+    kind = (more.key, more.layout)
+    alike = [one for one in parts if (one.part.key, one.part.layout) == kind]
+    rest = [one for one in parts if (one.part.key, one.part.layout) != kind]
+    while alike and len(alike[-1].part.ids) <= len(more.ids):
+        [more] = merged([alike.pop().part, more])
+    return [*rest, *alike, searched(more)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +123,13 @@ class _Judge:
         self,
         representatives: Representatives,
         items: Mapping[str, Newcomer],
-        id: str,
-        names: Sequence[str],
-    ) -> dict[str, Served | None]:
-        """How each tenant is served by a representative, None for who may not be."""
-        rep = representatives[id]
-        errors = self.verify(rep, names)
-        return {name: self._one(items[name], rep, errors[name]) for name in names}
+        asked: Sequence[tuple[str, Sequence[str]]],
+    ) -> Iterator[dict[str, Served | None]]:
+        """How each tenant is served by a representative, None for who may not be; by id in turn."""
+        for id, names in asked:
+            rep = representatives[id]
+            errors = self.verify(rep, names)
+            yield {name: self._one(items[name], rep, errors[name]) for name in names}
 
     def _one(
         self, item: Newcomer, rep: Representative, error: Error | AdapterOpsError
@@ -123,11 +140,11 @@ class _Judge:
         same = item.signature.content == rep.content
         reason = "its own bytes" if same else "shares an adapter that was there"
         served = _served(self.plan, item, id, error, reason)
-        figure = _figure(self.plan, served)
+        off = figure(served, self.plan.metric)
         exact = self.consent.may_differ(name) or error.error <= NEAR_EXACT
-        if exact and figure <= self.limit:
+        if exact and off <= self.limit:
             return served
-        self.missed[name] = min(self.missed.get(name, (figure, id)), (figure, id))
+        self.missed[name] = min(self.missed.get(name, (off, id)), (off, id))
         return None
 
     def taken(self, name: str, served: Served) -> Assigned:
@@ -151,13 +168,6 @@ class _Judge:
         served = _served(self.plan, item, id, None, reason)
         before = _before(self.plan, name)
         return Assigned(name, "kept" if before == id else "alone", before, served, detail)
-
-
-def _figure(plan: Plan, served: Served) -> float:
-    """The error in the plan's metric; what was not measured in it is over any bound."""
-    if plan.metric == "frobenius" or served.error == 0.0:
-        return served.error
-    return math.inf if served.measured is None else served.measured
 
 
 def _served(plan: Plan, item: Newcomer, by: str, error: Error | None, reason: str) -> Served:

@@ -70,13 +70,11 @@ def singleton(item: Newcomer, taken: Collection[str]) -> Representative:
 
 
 def sketch_of(id: str, item: Newcomer) -> Sketched | None:
-    """The sketch of a newcomer as a plan keeps it, of norm 1; None if there is none."""
+    """The sketch of a newcomer as a plan keeps it; None if there is none."""
     found = item.signature
     if found.layout is None or found.status != "ok":
         return None
     row = found.sketch.astype(np.float32).reshape(1, -1)
-    norm = np.linalg.norm(row)
-    row = row / norm if norm > 0 else row
     return Sketched(item.key, (id,), found.layout, np.array([found.norm]), row)
 
 
@@ -109,7 +107,7 @@ def joined(
     for id in gone:
         del representatives[id]
     old = (_without(part, gone | new.keys()) for part in sketched)
-    parts = _merged([*old, *(one.sketched for one in added if one.sketched)])
+    parts = merged([*old, *(one.sketched for one in added if one.sketched)])
     made = replace(plan, served=served, excluded=excluded, representatives=representatives)
     return made, parts
 
@@ -132,7 +130,7 @@ def _without(part: Sketched, ids: Collection[str]) -> Sketched:
     return replace(part, ids=kept, norms=part.norms[here], sketches=part.sketches[here])
 
 
-def _merged(sketched: Iterable[Sketched]) -> tuple[Sketched, ...]:
+def merged(sketched: Iterable[Sketched]) -> tuple[Sketched, ...]:
     """One part for each key and layout, none that is empty."""
     alike: defaultdict[tuple[tuple[str, ...], Layout], list[Sketched]] = defaultdict(list)
     for part in sketched:

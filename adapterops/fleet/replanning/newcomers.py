@@ -26,12 +26,12 @@ from adapterops.fleet.tenants.finding import find_tenants
 from adapterops.fleet.types import Signature, Tenant
 from adapterops.stream import Compute, Job, run
 
-Path = str | os.PathLike[str]
+Place = str | os.PathLike[str]
 _PEAK = 256 << 20  # bytes of one signature in the making
 
 
 def new_tenants(
-    new: Sequence[Path] | Path | Mapping[str, Path], note: Callable[[str], None]
+    new: Sequence[Place] | Place | Mapping[str, Place], note: Callable[[str], None]
 ) -> list[Tenant]:
     """Who is new, sorted by name; UsageError for nobody, or somebody twice."""
     if isinstance(new, Mapping):
@@ -113,7 +113,7 @@ def signed(
     return result
 
 
-def _signature(location: str, seed: int, allow_pickle: bool, inside: Path | None) -> Signature:
+def _signature(location: str, seed: int, allow_pickle: bool, inside: Place | None) -> Signature:
     try:
         with located(location, inside=inside, allow_pickle=allow_pickle) as path:
             return signature(path, seed, allow_pickle=allow_pickle)

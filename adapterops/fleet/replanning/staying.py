@@ -8,21 +8,24 @@ enough adapters are let go (`sticky.exchanges`), and everybody who is left is co
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
-from adapterops.errors import AdapterOpsError
+import numpy as np
+
 from adapterops.fleet.consent.policy import Consent
 from adapterops.fleet.grouping.groups import Compare, Grouped, Value, exact, fits
 from adapterops.fleet.grouping.partition import Partition
+from adapterops.fleet.grouping.vectors import delta_vectors
 from adapterops.fleet.indexing.opened import Fleet
 from adapterops.fleet.plans.ids import DIGITS
-from adapterops.fleet.plans.plan import Plan, Representative
+from adapterops.fleet.plans.plan import Metric, Plan, Representative
 from adapterops.fleet.plans.planfile import Sketched, located, read_sketches
 from adapterops.fleet.replanning.assign import CANDIDATES, KIND
-from adapterops.fleet.replanning.nearest import nearest, searched
+from adapterops.fleet.replanning.nearest import Near, nearest_of_all, reach, searched
 from adapterops.fleet.replanning.sticky import exchanges, offers_of, place, survivors
-from adapterops.fleet.types import Record
+from adapterops.fleet.types import Layout, Record
 from adapterops.fleet.verifying.exact import Error
 
 
@@ -45,34 +48,40 @@ def staying(
     parts: Sequence[Partition],
     consent: Consent,
     bound: float,
+    metric: Metric,
     compare: Compare,
     value: Value,
 ) -> list[Stayed]:
-    """The representatives of `previous`, a plan at `folder`, that stay, and whom they serve."""
+    """The representatives of `previous`, a plan at `folder`, that stay, and whom they serve.
+
+    `bound` is in terms of `metric`, which `value` gives the figure of.
+    """
     records = {record.tenant.name: record for part in parts for record in part.records}
     contents = {name: record.content for name, record in records.items()}
     survival = survivors(previous, contents, consent, fleet.removed)
     survival = replace(survival, kept={id: _moved(x, records) for id, x in survival.kept.items()})
-    near = _near(folder, fleet, parts, consent, bound, set(survival.kept))
+    limit = reach(metric, bound)
+    near = _near(folder, fleet, parts, consent, limit, survival.kept)
 
-    def verify(id: str, names: Sequence[str]) -> dict[str, Error | None]:
-        rep = survival.kept[id]
-        found: dict[str, Error | None] = dict.fromkeys(names)
-        own = [name for name in names if records[name].content == rep.content]
-        others = [name for name in names if name not in own]
-        found |= {name: exact(records[name]) for name in own}
-        if not others:
-            return found
-        server = located(folder, rep.location, rep.path)
-        places = [records[name].tenant.location for name in others]
-        try:
-            [results] = compare([(server, places)])
-        except AdapterOpsError:  # it is gone or damaged: nobody stays with it
-            return found
-        for name, result in zip(others, results, strict=True):
-            if isinstance(result, Error) and fits(result, consent.bound(name, bound), value):
-                found[name] = result
-        return found
+    def verify(asked: Sequence[tuple[str, Sequence[str]]]) -> Iterator[dict[str, Error | None]]:
+        others = [
+            [name for name in names if records[name].content != survival.kept[id].content]
+            for id, names in asked
+        ]
+        reps = [survival.kept[id] for id, _ in asked]
+        files = [
+            (located(folder, rep.location, rep.path), [records[n].tenant.location for n in names])
+            for rep, names in zip(reps, others, strict=True)
+            if names
+        ]
+        compared = iter(compare(files) if files else ())
+        for (_, names), rest in zip(asked, others, strict=True):
+            found: dict[str, Error | None] = {name: exact(records[name]) for name in names}
+            for name, result in zip(rest, next(compared) if rest else (), strict=True):
+                found[name] = None
+                if isinstance(result, Error) and fits(result, consent.bound(name, bound), value):
+                    found[name] = result
+            yield found
 
     placed = place(offers_of(survival, near, consent), verify)
     members: defaultdict[str, dict[str, Error]] = defaultdict(dict)
@@ -101,25 +110,35 @@ def _near(
     fleet: Fleet,
     parts: Sequence[Partition],
     consent: Consent,
-    bound: float,
-    kept: set[str],
+    limit: float,
+    kept: Mapping[str, Representative],
 ) -> dict[str, list[str]]:
-    """The nearest representatives by tenant, from sketches."""
+    """The nearest representatives by tenant that may serve it, from sketches."""
     pool = [searched(part) for part in read_sketches(folder)]
     found = {}
     for part in parts:
-        among = [one for one in pool if one.part.key[:KIND] == part.key[:KIND]]
-        for record, signature in zip(part.records, fleet.signatures(part.records), strict=True):
+        able = [r for r in part.records if not consent.policy.rule(r.tenant.name).private]
+        if not able:
+            continue
+        columns, vectors = fleet.columns(able), delta_vectors(fleet, able)
+        own = Layout(columns.stems, columns.shapes, columns.side)
+        limits = np.array([consent.bound(record.tenant.name, limit) for record in able])
+        hits: list[list[Near]] = [[] for _ in able]
+        for among in pool:
+            if among.part.key[:KIND] == part.key[:KIND]:
+                usable = np.array([id in kept for id in among.part.ids], bool)
+                more = nearest_of_all(among, own, vectors, limits, usable)
+                hits = [one + other for one, other in zip(hits, more, strict=True)]
+        for record, near in zip(able, hits, strict=True):
             name = record.tenant.name
-            if consent.policy.rule(name).private:
-                continue
-            limit = consent.bound(name, bound)
-            hits = [
-                hit for one in among for hit in nearest(one, signature, limit, kept.__contains__)
-            ]
-            hits.sort(key=lambda hit: (hit.estimate, hit.id))
-            found[name] = [hit.id for hit in hits[:CANDIDATES]]
+            near.sort(key=lambda hit: (hit.estimate, hit.id))
+            may = (hit.id for hit in near if _may(kept[hit.id], name, consent))
+            found[name] = list(islice(may, CANDIDATES))
     return found
+
+
+def _may(rep: Representative, name: str, consent: Consent) -> bool:
+    return all(consent.may_be_served_by(name, server) for server in rep.holds)
 
 
 def exchanged(

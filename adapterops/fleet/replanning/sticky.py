@@ -12,7 +12,7 @@ All is done by name and without reading a file; errors come from the caller's `v
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -24,6 +24,7 @@ from adapterops.fleet.consent.policy import Consent
 from adapterops.fleet.plans.plan import Plan, Representative
 
 T = TypeVar("T")
+Verify = Callable[[Sequence[tuple[str, Sequence[str]]]], Iterable[Mapping[str, T | None]]]
 CHURN_COST = 0.1  # adapters that must be saved for each tenant that moves
 
 
@@ -82,15 +83,12 @@ def survivors(
     return Survival(kept, gone)
 
 
-def place(
-    offers: Mapping[str, Sequence[str]],
-    verify: Callable[[str, Sequence[str]], Mapping[str, T | None]],
-) -> Placed[T]:
+def place(offers: Mapping[str, Sequence[str]], verify: Verify[T]) -> Placed[T]:
     """Try for each tenant the ids it is offered, in its order, until one is verified.
 
-    `verify(id, tenants)` gives what is to be kept of each tenant that the representative may serve,
-    None for who is over its bound. It is called once for an id and all who try it in one round,
-    ids and tenants sorted, so that its file is read once for all of them.
+    `verify` is called once a round with every id that is tried and all who try it, ids and tenants
+    sorted, so that a file is read once for all of them. It gives, for each id in turn, what is to
+    be kept of each tenant that the representative may serve, None for who is over its bound.
     """
     found: dict[str, tuple[str, T]] = {}
     queues = {tenant: list(reversed(ids)) for tenant, ids in sorted(offers.items())}
@@ -98,8 +96,8 @@ def place(
         rounds: defaultdict[str, list[str]] = defaultdict(list)
         for tenant in waiting:
             rounds[queues[tenant].pop()].append(tenant)
-        for id, tenants in sorted(rounds.items()):
-            verified = verify(id, tenants)
+        asked = sorted(rounds.items())
+        for (id, tenants), verified in zip(asked, verify(asked), strict=True):
             for tenant in tenants:
                 if (result := verified[tenant]) is not None:
                     found[tenant] = (id, result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ class Asked:
     """A group that an average may serve better than the original of `center`.
 
     `allowed` are the tenants that may be averaged in, `limits` the largest error that each member
-    may have, `errors` those by the original.
+    may have, `errors` those by the original, empty where they are not known.
     """
 
     center: Record
@@ -47,13 +47,15 @@ class Average:
 
 
 def averages(
-    asked: Sequence[Asked], inside: Path, seed: int, make: Make, value: Value, on: Compute
-) -> Iterator[Average]:
+    asked: Sequence[Asked], inside: Path, *, seed: int, make: Make, value: Value, on: Compute
+) -> Generator[Average, None, None]:
     """The choice for each group, in order; each average is written to a folder `inside`.
 
     `make` is `representative.choose` with the options that all have in common. Raises what it does.
     Other machines that `on` spreads over must see `inside` by its name.
     """
+    if not asked:
+        return
     if on.spread is not None:
         work = partial(_far, inside, seed, make, value)
         with closing(on.spread(work, enumerate(asked))) as found:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from adapterops.factors import Factors
-from adapterops.fleet.representing.enclosing import enclosing
+from adapterops.fleet.grouping.enclosing import enclosing
 from adapterops.linalg import EPSILON
 
 Array = np.ndarray[Any, Any]

@@ -225,8 +225,8 @@ def _remove(output: str) -> None:
 
 def _is_worth(error: float, original: float, max_error: float | None) -> bool:
     """Whether an average's largest error is enough below that of an original."""
-    if max_error is not None and error <= max_error < original:
-        return True
+    if max_error is not None and original > max_error:
+        return error <= max_error
     return error <= (1 - _GAIN) * original and error <= original - _LEAST
 
 

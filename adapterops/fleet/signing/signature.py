@@ -63,18 +63,20 @@ def _signature(file: AdapterFile, known: Signature, seed: int) -> Signature:
     reader = Pass(file)
     measured: list[Measured] = []
     live: list[Finished] = []
+    held = 0
     try:
         for ready in reader.modules({} if verdict else file.sites):
-            measured += measure(
-                [site for site in ready if not is_kronecker(site)], reader, seed, side
-            )
+            plain = [site for site in ready if not is_kronecker(site)]
+            for part in measure(plain, reader, seed, side):
+                measured.append(part)
+                held += part.gram_b.size
             found = (
                 finished_kronecker(site, reader, seed, side) for site in ready if is_kronecker(site)
             )
             live += [part for part in found if part is not None]
-            if sum(part.gram_b.size for part in measured) > _HELD:
+            if held > _HELD:
                 live += finished(measured, side)
-                measured = []
+                measured, held = [], 0
         for source in file.sources:
             source.check_unchanged()
     finally:

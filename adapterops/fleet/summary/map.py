@@ -11,7 +11,7 @@ import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from adapterops.fleet.indexing.store import Fleet
+from adapterops.fleet.indexing.opened import Fleet
 from adapterops.fleet.plans.plan import Plan
 from adapterops.fleet.signing.sketch import deviation
 from adapterops.fleet.types import Record

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from adapterops.fleet.deploy.memory import Held, Shapes, gpu, prepared, width
 from adapterops.fleet.deploy.report import GpuBytes
-from adapterops.fleet.indexing.store import Fleet
+from adapterops.fleet.indexing.opened import Fleet
 from adapterops.fleet.plans.plan import Plan, Representative
 from adapterops.serving.model import Engine
 from adapterops.serving.zeros import BaseShapes

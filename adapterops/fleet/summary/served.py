@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from adapterops.certificate import plain
 from adapterops.fleet.deploy.report import GpuBytes
-from adapterops.fleet.indexing.store import Fleet
+from adapterops.fleet.indexing.opened import Fleet
 from adapterops.fleet.plans.outcome import Spread, outcome
-from adapterops.fleet.plans.plan import Plan, Point, Related, Representative, Served
+from adapterops.fleet.plans.plan import Plan, Point, Related, Representative, Served, figure
 from adapterops.fleet.summary.map import Similarity, similarity
 from adapterops.fleet.summary.memory import Memory, memory
 from adapterops.serving.model import Engine
@@ -41,11 +41,6 @@ class Tenant:
     rank: int
     size: int
     reason: str
-
-    @property
-    def counted(self) -> float:
-        """The error in the plan's metric, which the bound is in."""
-        return self.error if self.measured is None else self.measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +109,10 @@ class FleetReport:
 
     schema = "adapterops.fleet-report/1"
 
+    def counted(self, item: Tenant) -> float:
+        """The error of a tenant in the plan's metric."""
+        return figure(item, self.metric)
+
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
         found: dict[str, Any] = plain(self)
@@ -177,7 +176,7 @@ def summary(
         foreign=whole.foreign,
         mean=_mean([item.error for item in served.values()]),
         mean_foreign=_mean([item.foreign for item in served.values()]),
-        largest=max((item.counted for item in served.values()), default=0.0),
+        largest=max((figure(item, plan.metric) for item in served.values()), default=0.0),
         served=served,
         representatives=plan.representatives,
         alone={reason: tuple(names) for reason, names in alone.items()},

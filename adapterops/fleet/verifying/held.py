@@ -18,6 +18,7 @@ from adapterops.fleet.verifying.responses import response_error
 from adapterops.fleet.verifying.shortfall import Error, Row, error_of, itself, rows_of
 
 CHUNK = 2 << 20  # numbers of one representative's factors worked on at once
+_LAYOUTS = 16  # of members that are remembered, the last ones
 
 Result = Error | AdapterOpsError
 Shape = tuple[int, int]
@@ -107,6 +108,8 @@ class Held:
             known = self._matches.get(id(item.blueprint))
             if known is None:
                 found = [_match(own, item, chunk) for chunk in self._chunks]
+                while len(self._matches) >= _LAYOUTS:
+                    del self._matches[next(iter(self._matches))]
                 known = self._matches[id(item.blueprint)] = (item.blueprint, found)
             return known[1]
 

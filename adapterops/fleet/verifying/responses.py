@@ -27,17 +27,7 @@ def response_error(own: Opened | None, item: Opened, activations: Activations) -
     and what `for_modules` and `metric.norm` raise.
     """
     sides = [side for side in (own, item) if side is not None]
-    sites: dict[str, Site] = {}
-    for side in sides:
-        for stem, piece in side.pieces.items():
-            if piece.site is None or piece.ref is not None:
-                raise UnsupportedError(
-                    "is a full delta or a bias, which has no inputs to measure it by",
-                    path=side.path,
-                    module=stem,
-                    hint="use --metric frobenius",
-                )
-            sites[stem] = piece.site
+    sites = {stem: site for side in sides for stem, site in sites_of(side).items()}
     inputs = for_modules(activations, sites, item.blueprint.file.base)
     apart, whole, floors = [], [], []
     for stem in sorted(sites):
@@ -59,3 +49,18 @@ def response_error(own: Opened | None, item: Opened, activations: Activations) -
     if norm <= math.hypot(*floors):
         return 0.0 if distance <= math.hypot(*(floor for _, floor in apart)) else math.inf
     return distance / norm
+
+
+def sites_of(item: Opened) -> dict[str, Site]:
+    """The modules of an adapter. Raises UnsupportedError for changes that no inputs measure."""
+    sites: dict[str, Site] = {}
+    for stem, piece in item.pieces.items():
+        if piece.site is None or piece.ref is not None:
+            raise UnsupportedError(
+                "is a full delta or a bias, which has no inputs to measure it by",
+                path=item.path,
+                module=stem,
+                hint="use --metric frobenius",
+            )
+        sites[stem] = piece.site
+    return sites

@@ -12,6 +12,7 @@ Newton steps on g(λ) + μ·Σlog λᵢ, μ → 0, find it; a barrier of μ leav
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -32,24 +33,31 @@ def enclosing(squares: Array, norms: Array) -> Array:
     At λ the mean C = Σλᵢsᵢ·Dᵢ/Σλᵢsᵢ has the smallest largest ‖Dᵢ − C‖/‖Dᵢ‖ of all matrices, to
     1e-13 in its square, relative to the largest of `squares` over the smallest ‖Dᵢ‖².
     """
+    *_, weights = approaching(squares, norms)
+    return weights
+
+
+def approaching(squares: Array, norms: Array) -> Iterator[Array]:
+    """The λ of `enclosing`, coarse at first, each ten times nearer; the last is its."""
     count = len(norms)
     weights = np.full(count, 1.0 / count)
     scales = (norms.min() / norms) ** 2
     size = float(squares.max())
     if count == 1 or size == 0.0:
-        return weights
+        yield weights
+        return
     squares = squares / size
     barrier = float(_value(squares, scales, weights)) / count
-    while barrier > 0.0:
+    while True:
         for _ in range(_STEPS):
             step, decrement = _newton(squares, scales, weights, barrier)
             if decrement <= _DECREMENT * barrier:
                 break
             weights = _moved(squares, scales, weights, step, barrier)
-        if count * barrier <= _GAP:
-            break
+        yield np.asarray(weights / weights.sum())
         barrier *= _SHRINK
-    return np.asarray(weights / weights.sum())
+        if count * barrier <= _SHRINK * _GAP or barrier == 0.0:
+            return
 
 
 def _value(squares: Array, scales: Array, weights: Array) -> float:

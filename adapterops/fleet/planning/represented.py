@@ -1,0 +1,126 @@
+"""What serves each group: an original, or an average, which may join several groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from adapterops.fleet.consent.policy import NEAR_EXACT
+from adapterops.fleet.grouping.groups import Group, Value, fits
+from adapterops.fleet.grouping.sets import Sets
+from adapterops.fleet.grouping.unions import Middle, middle, unions
+from adapterops.fleet.grouping.vectors import Vectors
+from adapterops.fleet.representing.averaging import Asked, Average
+from adapterops.fleet.types import Array
+from adapterops.fleet.verifying.exact import Error
+
+_ROUNDS = 6
+_LESS = 0.9  # of what was promised in vain
+
+Write = Callable[[Sequence[Asked], Path], Generator[Average, None, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Represented:
+    """A group and the average made for it; None where the original of its centre serves."""
+
+    group: Group
+    average: Average | None
+
+
+def represented(
+    each: Sets, groups: Sequence[Represented], bounds: Array, write: Write, value: Value, work: Path
+) -> Iterator[Represented]:
+    """The groups, in order, each with what serves it best; averages are written below `work`."""
+    wide = [one.average is None and _differ(one.group, value) for one in groups]
+    asked = [
+        _asked(each, sorted(one.group.errors), one.group.center, bounds, one.group.errors)
+        for one, yes in zip(groups, wide, strict=True)
+        if yes
+    ]
+    with closing(write(asked, work)) as made:
+        for one, yes in zip(groups, wide, strict=True):
+            yield Represented(one.group, next(made)) if yes else one
+
+
+def joined(
+    each: Sets,
+    groups: Sequence[Group],
+    near: Sequence[set[int]],
+    vectors: Vectors,
+    bounds: Array,
+    write: Write,
+    value: Value,
+    work: Path,
+) -> list[Represented]:
+    """The groups, those made one that a single adapter serves within everyone's bound.
+
+    `near` are for each group the places of others to try it with, `bounds` (N,) the nodes'. What
+    sketches promise is written to `work`, and holds only if every error of the bytes is within its
+    bound; where it is not, less is tried of these groups.
+    """
+
+    @cache
+    def estimate(rows: tuple[int, ...]) -> Middle | None:
+        return middle(vectors, bounds, rows, each.permissions.blend(np.array(rows)))
+
+    left = {place: sorted(group.errors) for place, group in enumerate(groups)}
+    ceilings = [1.0] * len(groups)
+    done: list[Represented] = []
+    for number in range(_ROUNDS):
+        tried = unions(left, near, estimate, ceilings)
+        if not tried:
+            break
+        asked = [_asked(each, one.rows, one.middle.center, bounds, {}) for one in tried]
+        inside = work / f"joined-{number}"
+        inside.mkdir()
+        for one, want, made in zip(tried, asked, write(asked, inside), strict=True):
+            errors = _within(made, want, value)
+            for part in one.parts:
+                if errors is None:
+                    ceilings[part] = _LESS * one.middle.share
+                else:
+                    del left[part]
+            if errors is not None:
+                group = Group(one.middle.center, dict(zip(one.rows, errors, strict=True)))
+                done.append(Represented(group, made if made.signature else None))
+    done += [Represented(groups[place], None) for place in left]
+    return sorted(done, key=lambda one: one.group.center)
+
+
+def _within(made: Average, asked: Asked, value: Value) -> list[Error] | None:
+    """Everyone's error by what was made, in the order asked, if all are within their bounds."""
+    found = []
+    for name, limit in asked.limits.items():
+        error = made.chosen.errors[name]
+        if not isinstance(error, Error) or not fits(error, limit, value):
+            return None
+        found.append(error)
+    return found
+
+
+def _asked(
+    each: Sets, rows: Sequence[int], center: int, bounds: Array, errors: Mapping[int, Error]
+) -> Asked:
+    """What is asked for a group of nodes; `errors` are those by the original, empty if unknown."""
+    place = np.asarray(rows)
+    records = [each.nodes[row].record for row in rows]
+    names = [record.tenant.name for record in records]
+    able = each.permissions.blend(place)
+    return Asked(
+        each.nodes[center].record,
+        records,
+        allowed=[name for name, yes in zip(names, able, strict=True) if yes],
+        limits=dict(zip(names, bounds[place].tolist(), strict=True)),
+        errors={name: errors[row] for name, row in zip(names, rows, strict=True) if row in errors},
+    )
+
+
+def _differ(group: Group, value: Value) -> bool:
+    """Whether a group's members are more than duplicates."""
+    return len(group.errors) > 1 and max(map(value, group.errors.values())) > NEAR_EXACT

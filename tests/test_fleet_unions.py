@@ -1,0 +1,207 @@
+"""Groups that an average joins: beyond the reach of every original, within everyone's bound."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+import adapterops as ao
+from adapterops.errors import AdapterOpsError
+from adapterops.fleet.grouping.unions import Middle, middle, unions
+from adapterops.fleet.grouping.vectors import Vectors
+from adapterops.fleet.plans.plan import Plan
+from adapterops.fleet.plans.planfile import read_plan
+from tests.planted_files import error, read, write
+
+SHAPES = {"model.layers.0.self_attn.q_proj": (64, 16), "model.layers.1.mlp.up_proj": (60, 16)}
+RANK = 4
+BOUND = 0.2
+
+
+def family(root: Path, number: int, size: int, apart: float) -> list[str]:
+    """Adapters of one A, each `apart` of its norm from the middle in a direction of its own."""
+    rng = np.random.default_rng([7, number])
+    start = {
+        stem: (rng.normal(size=(m, RANK)), rng.normal(size=(RANK, n)))
+        for stem, (m, n) in SHAPES.items()
+    }
+    names = []
+    for index in range(size):
+        deltas = {}
+        for stem, (B, A) in start.items():
+            off = rng.normal(size=B.shape)
+            off *= apart * np.linalg.norm(B @ A) / np.linalg.norm(off @ A)
+            deltas[stem] = (B + off, A)
+        names.append(f"f{number}-{index}")
+        write(root / names[-1], deltas, RANK, "F32")
+    return names
+
+
+def planned(root: Path, work: Path, **options: object) -> Plan:
+    """The plan, its errors checked against the files."""
+    if not (work / "fleet").exists():
+        ao.index(root, out=work / "fleet")
+    given: dict[str, object] = {"max_error": BOUND, "allow_sharing": "all", **options}
+    ao.cluster(work / "fleet", out=work / "plan", overwrite=True, **given)  # type: ignore[arg-type]
+    plan = read_plan(work / "plan")
+    for name, item in plan.served.items():
+        rep = plan.representatives[item.by]
+        place = Path(rep.location) if rep.location else work / "plan" / rep.path
+        found = error(read(place), read(root / name))
+        assert found == pytest.approx(item.error, rel=1e-5, abs=1e-6)
+        assert found <= given["max_error"]
+    return plan
+
+
+def groups(plan: Plan) -> set[tuple[str, ...]]:
+    return {rep.members for rep in plan.representatives.values()}
+
+
+def test_an_average_joins_what_no_original_serves(tmp_path):
+    # Originals are 0.24 apart, their middle is 0.17/√(3/2) = 0.14 from each.
+    names = family(tmp_path / "all", 0, 3, 0.17)
+    family(tmp_path / "all", 1, 1, 0.17)
+    plan = planned(tmp_path / "all", tmp_path)
+    assert groups(plan) == {tuple(names), ("f1-0",)}
+    [rep] = [rep for rep in plan.representatives.values() if len(rep.members) == 3]
+    assert rep.kind in ("mean", "minimax") and rep.holds == tuple(names)
+    assert "average" in rep.reason
+    alone = planned(tmp_path / "all", tmp_path, representative="medoid")
+    assert all(len(members) == 1 for members in groups(alone))
+    with pytest.raises(AdapterOpsError, match="max-adapters"):
+        ao.cluster(tmp_path / "fleet", out=tmp_path / "x", max_adapters=2, max_error=0.1)
+
+
+def test_who_is_over_after_all_leaves_the_groups_as_they_were(tmp_path):
+    # Different A: the average of two has twice the rank, and cut to it is far from both.
+    rng = np.random.default_rng(3)
+    base = {s: (rng.normal(size=(m, 2)), rng.normal(size=(2, n))) for s, (m, n) in SHAPES.items()}
+    for name in ("one", "two"):
+        deltas = {}
+        for stem, (B, A) in base.items():
+            b, a = rng.normal(size=(len(B), 2)), rng.normal(size=(2, A.shape[1]))
+            b *= 0.19 * np.linalg.norm(B @ A) / np.linalg.norm(b @ a)
+            deltas[stem] = (np.hstack([B, b]), np.vstack([A, a]))
+        write(tmp_path / "all" / name, deltas, RANK, "F32")
+    plan = planned(tmp_path / "all", tmp_path, rank=2, max_error=0.15)
+    assert groups(plan) == {("one",), ("two",)}
+    assert not list((tmp_path / "plan").glob("representatives/*"))
+    wide = planned(tmp_path / "all", tmp_path, rank=6, max_error=0.15)
+    assert groups(wide) == {("one", "two")}
+
+
+def test_groups_that_have_members_are_joined_too(tmp_path):
+    for number in range(2):
+        family(tmp_path / "all", number, 1, 0.0)
+    rng = np.random.default_rng(5)
+    ends = []
+    center = read(tmp_path / "all" / "f0-0")
+    for end in range(2):
+        deltas = {}
+        for stem, (B, A) in center.items():
+            off = rng.normal(size=B.shape)
+            deltas[stem] = B + off * 0.18 * np.linalg.norm(B @ A) / np.linalg.norm(off @ A), A
+        for copy in range(3):
+            ends.append(f"end{end}-{copy}")
+            near = {
+                stem: (B * (1 + 0.01 * copy * rng.normal(size=B.shape)), A)
+                for stem, (B, A) in deltas.items()
+            }
+            write(tmp_path / "all" / ends[-1], near, RANK, "F32")
+    for place in (tmp_path / "all" / "f0-0").iterdir():
+        place.unlink()
+    (tmp_path / "all" / "f0-0").rmdir()
+    plan = planned(tmp_path / "all", tmp_path)
+    assert groups(plan) == {tuple(sorted(ends)), ("f1-0",)}
+
+
+@pytest.mark.parametrize(
+    ("row", "together"),
+    [
+        ("f0-0,true,,,", False),
+        ("f0-0,,,false,", False),
+        ("f0-0,,,,f9-9", False),
+        ("f0-0,,,,f0-1", True),
+        ("f0-0,,other,,", False),
+    ],
+    ids=["private", "may not represent", "served by nobody here", "served by one", "other group"],
+)
+def test_consent_holds_for_averages_that_join(tmp_path, row, together):
+    one, two = family(tmp_path / "all", 0, 2, 0.17)
+    family(tmp_path / "all", 9, 10, 0.0) if "f9-9" in row else None
+    policy = tmp_path / "policy.csv"
+    policy.write_text(f"tenant,private,share_group,may_represent,may_be_served_by\n{row}\n")
+    plan = planned(tmp_path / "all", tmp_path, policy=policy)
+    # An average holds both; f0-0 may be in it only if f0-1 may be served by it.
+    assert ((one, two) in groups(plan)) == together
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_middle_is_a_solvers(count):
+    rng = np.random.default_rng(count)
+    points = rng.normal(size=40) + 0.3 * rng.normal(size=(count, 40))
+    points *= rng.uniform(0.8, 1.2, count)[:, None]
+    norms = np.linalg.norm(points, axis=1)
+    vectors = Vectors(points / norms[:, None], norms, np.ones((count, 1)), 2)
+    bounds = rng.uniform(0.5, 0.6, count)
+    limits = bounds * norms
+
+    def shares_of(x):
+        return np.linalg.norm(x[:-1] @ points - points, axis=1) / limits
+
+    solved = minimize(
+        lambda x: x[-1],
+        np.append(np.full(count, 1 / count), 2.0),
+        method="SLSQP",
+        constraints=[
+            {"type": "ineq", "fun": lambda x: x[-1] - shares_of(x)},
+            {"type": "eq", "fun": lambda x: x[:-1].sum() - 1},
+        ],
+        options={"ftol": 1e-12, "maxiter": 500},
+    )
+    everyone = list(range(count)), np.ones(count, bool)
+    found = middle(vectors, bounds * solved.fun * (1 + 1e-4), *everyone)
+    assert found.share == pytest.approx(1, abs=2e-4)
+    assert middle(vectors, bounds * solved.fun * (1 - 1e-4), *everyone) is None
+    # Where the plain average is within all bounds it may be less than best.
+    assert solved.fun * (1 - 1e-5) <= middle(vectors, bounds, *everyone).share <= 1
+    worst = (np.linalg.norm(points[:, None] - points, axis=2) / limits[:, None]).max(0)
+    assert found.center == int(worst.argmin())
+
+
+def test_unions_take_the_nearest_first_and_stop_at_ceilings():
+    spots = np.array([0.0, 1.0, 3.0, 3.5, 9.0])
+
+    def estimate(rows):
+        spread = float(np.ptp(spots[list(rows)]))
+        return Middle(spread / 4, rows[0]) if spread <= 4 else None
+
+    groups = {place: [place] for place in range(5)}
+    near = [set(range(5)) - {place} for place in range(5)]
+    found = unions(groups, near, estimate, [1.0] * 5)
+    assert [one.parts for one in found] == [(0, 1, 2, 3)]
+    assert found[0].rows == (0, 1, 2, 3) and found[0].middle == Middle(3.5 / 4, 0)
+    found = unions(groups, near, estimate, [0.8] * 5)
+    assert [one.parts for one in found] == [(0, 1), (2, 3)]
+    found = unions(groups, near, estimate, [1.0, 1.0, 0.1, 1.0, 1.0])
+    assert [one.parts for one in found] == [(0, 1, 3)]
+    found = unions({0: [0], 1: [1], 4: [4]}, near, estimate, [1.0] * 5)
+    assert [one.parts for one in found] == [(0, 1)]
+    assert not unions(groups, [set() for _ in range(5)], estimate, [1.0] * 5)
+
+
+def test_middle_of_what_is_too_far_or_may_not_be_averaged():
+    rows = np.eye(3)
+    vectors = Vectors(rows, np.ones(3), np.ones((3, 1)), 1)
+    everyone = np.ones(3, bool)
+    assert middle(vectors, np.full(3, 0.7), [0, 1, 2], everyone) is None
+    found = middle(vectors, np.full(3, 0.9), [0, 1, 2], everyone)
+    assert found.share == pytest.approx(math.sqrt(2 / 3) / 0.9)
+    two = middle(vectors, np.full(3, 1.4), [0, 1, 2], np.array([True, True, False]))
+    assert two.share == pytest.approx(math.sqrt(1.5) / 1.4) and two.center == 0
+    assert middle(vectors, np.full(3, 1.4), [0, 1, 2], np.array([True, False, False])) is None
+    assert middle(vectors, np.array([0.9, 0.9, 0.0]), [0, 1, 2], everyone) is None
