@@ -36,6 +36,7 @@ sys.path[:0] = [str(FLEET), str(EXAMPLES)]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from adapterops.fleet.minimax import members, minimax  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from smollm2 import load_model, load_tokenizer, quiet_peft  # noqa: E402
 from texts import DOMAINS  # noqa: E402
@@ -44,7 +45,6 @@ from train_fleet import load_domain, runs  # noqa: E402
 
 import adapterops as ao  # noqa: E402
 from adapterops import geometry  # noqa: E402
-from adapterops.fleet.minimax import members, minimax  # noqa: E402
 
 RESULT = harness.RESULTS / "calibration" / "smollm2.json"
 PLOT = FLEET / "calibration.png"

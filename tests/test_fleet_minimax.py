@@ -7,8 +7,8 @@ import pytest
 from scipy.optimize import minimize
 
 from adapterops.factors import Factors
-from adapterops.fleet.representing import minimax
 from adapterops.fleet.grouping.enclosing import enclosing
+from adapterops.fleet.representing import minimax
 from adapterops.geometry import in_common_bases
 
 SIZES = ((24, 18), (12, 30), (24, 18))  # two of one shape make a batch

@@ -39,7 +39,7 @@ from adapterops.fleet.plans.plandiff import diff
 from adapterops.fleet.plans.planfile import REPRESENTATIVES, plan_folder, read_plan, write_plan
 from adapterops.fleet.plans.standing import carry
 from adapterops.fleet.relating.related import Part, related
-from adapterops.fleet.replanning.staying import exchanged, kept_sketches, staying, without
+from adapterops.fleet.replanning.staying import kept_sketches, staying
 from adapterops.fleet.representing.averaging import averages
 from adapterops.fleet.representing.representative import KINDS, choose
 from adapterops.fleet.verifying.exact import compare_groups
@@ -173,23 +173,24 @@ def _planned(
         bound, found = least_bound(sets, wide, options.max_adapters, draft.apart, grouped)
     everyone = sets
     if previous is not None and options.previous is not None:
-        stayed = staying(
-            options.previous, previous, fleet, parts, consent, bound, options.metric, compare, value
-        )
-        placed = {name for one in stayed for name in one.errors}
-        alone = [record for record in able if record.tenant.name not in placed]
         fresh = [
             (groups, [node.records for node in each.nodes])
             for each, groups in zip(sets, found, strict=True)
         ]
-        stayed = without(stayed, exchanged(stayed, previous, alone, fresh))
-        placed = {name for one in stayed for name in one.errors}
+        stayed, rest = staying(
+            options.previous,
+            previous,
+            fleet,
+            parts,
+            fresh,
+            consent,
+            bound,
+            options.metric,
+            compare,
+            value,
+        )
         draft.add_stayed(stayed, kept_sketches(options.previous, stayed))
-        rest = [
-            replace(part, records=tuple(r for r in part.records if r.tenant.name not in placed))
-            for part in parts
-        ]
-        sets = [set_of(part, consent) for part in rest if part.records]
+        sets = [set_of(part, consent) for part in rest]
         found = [grouped(each, None, bound) for each in sets]
     make = partial(
         choose,

@@ -41,7 +41,42 @@ class Stayed:
     errors: Mapping[str, Error]
 
 
+# A partition's verified groups with the records of each of its nodes.
+Fresh = tuple[Grouped, Sequence[Sequence[Record]]]
+
+
 def staying(
+    folder: str,
+    previous: Plan,
+    fleet: Fleet,
+    parts: Sequence[Partition],
+    fresh: Sequence[Fresh],
+    consent: Consent,
+    bound: float,
+    metric: Metric,
+    compare: Compare,
+    value: Value,
+) -> tuple[list[Stayed], list[Partition]]:
+    """What stays of `previous`, a plan at `folder`, with whom it serves; who is to be covered anew.
+
+    `fresh` are the groups of a plan that keeps nothing: where it serves enough adapters less, its
+    groups are taken (`sticky.exchanges`). `bound` is in terms of `metric`, which `value` gives the
+    figure of.
+    """
+    found = _standing(folder, previous, fleet, parts, consent, bound, metric, compare, value)
+    placed = {name for one in found for name in one.errors}
+    everyone = [record for part in parts for record in part.records]
+    alone = [record for record in everyone if record.tenant.name not in placed]
+    found = _without(found, _exchanged(found, previous, alone, fresh))
+    placed = {name for one in found for name in one.errors}
+    rest = [
+        replace(part, records=tuple(r for r in part.records if r.tenant.name not in placed))
+        for part in parts
+    ]
+    return found, [part for part in rest if part.records]
+
+
+def _standing(
     folder: str,
     previous: Plan,
     fleet: Fleet,
@@ -52,10 +87,7 @@ def staying(
     compare: Compare,
     value: Value,
 ) -> list[Stayed]:
-    """The representatives of `previous`, a plan at `folder`, that stay, and whom they serve.
-
-    `bound` is in terms of `metric`, which `value` gives the figure of.
-    """
+    """The representatives of an earlier plan that may stand, and whom they may serve."""
     records = {record.tenant.name: record for part in parts for record in part.records}
     contents = {name: record.content for name, record in records.items()}
     survival = survivors(previous, contents, consent, fleet.removed)
@@ -141,11 +173,11 @@ def _may(rep: Representative, name: str, consent: Consent) -> bool:
     return all(consent.may_be_served_by(name, server) for server in rep.holds)
 
 
-def exchanged(
+def _exchanged(
     stayed: Sequence[Stayed],
     previous: Plan,
     alone: Sequence[Record],
-    fresh: Sequence[tuple[Grouped, Sequence[Sequence[Record]]]],
+    fresh: Sequence[Fresh],
 ) -> set[str]:
     """The tenants whose groups are worth taking apart.
 
@@ -167,7 +199,7 @@ def exchanged(
     )
 
 
-def without(stayed: Sequence[Stayed], names: set[str]) -> list[Stayed]:
+def _without(stayed: Sequence[Stayed], names: set[str]) -> list[Stayed]:
     """What stays when these tenants do not; a representative of nobody goes."""
     kept = []
     for one in stayed:

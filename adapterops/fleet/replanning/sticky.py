@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from adapterops.fleet.consent.policy import Consent
 from adapterops.fleet.plans.plan import Plan, Representative
@@ -141,6 +139,9 @@ def exchanges(
     a set that hangs together is exchanged if it saves more adapters than `churn_cost` times the
     tenants that move because of it.
     """
+    from scipy.sparse import coo_array  # slow to import, and `assign` does not come here
+    from scipy.sparse.csgraph import connected_components
+
     tenants = sorted(sticky)
     labels = sorted({*sticky.values(), *fresh.values()})
     number = {label: index for index, label in enumerate(labels)}
