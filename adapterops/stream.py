@@ -54,14 +54,16 @@ class Spread(Protocol):
 class Compute:
     """Where and how wide to run: device name, bytes in flight, worker threads.
 
-    `spread` reaches further machines, for those parts of a fleet's work that can be spread over
-    them; `run` itself stays here.
+    `spread` reaches further machines or processes, for those parts of a fleet's work that can be
+    spread over them; `run` itself stays here. `share` is what one task there may use, None where it
+    is its machine's to say.
     """
 
     device: str = "cpu"
     memory: int = 1 << 30
     threads: int = 2
     spread: Spread | None = None
+    share: int | None = None
 
 
 def run(jobs: Iterable[Job[T]], on: Compute) -> Generator[T, None, None]:
@@ -211,6 +213,11 @@ def available_threads() -> int:
     if len(quota) == 2 and quota[0].isdigit():
         allowed = min(allowed, max(1, int(quota[0]) // int(quota[1])))
     return allowed
+
+
+def alone(share: int | None) -> Compute:
+    """Where one task of `Compute.spread` runs: on one thread, with this share of memory."""
+    return Compute("cpu", share or available_memory() // available_threads(), 1)
 
 
 def available_memory() -> int:

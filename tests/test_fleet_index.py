@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import adapterops as ao
+from adapterops.batch import processes
 from adapterops.errors import (
     FileError,
     FormatError,
@@ -362,15 +363,15 @@ def test_changed_files_of_a_renamed_manifest_are_read(fleet, read):
 def test_a_process_of_its_own_keeps_its_memory(fleet, monkeypatch):
     """Without it every block is faulted in again: twice the time of an adapter."""
     called = []
-    monkeypatch.setattr(looking, "keep_freed_memory", lambda: called.append("kept"))
-    monkeypatch.setattr(looking, "threadpool_limits", lambda count: called.append(count))
-    looking._settle.cache_clear()
+    monkeypatch.setattr(processes, "keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr(processes, "threadpool_limits", lambda count: called.append(count))
+    processes.settle.cache_clear()
     listed = index_module.tenants_of(index_module.Source((str(fleet / "in"),)), "f", print)
     for apart in (False, True, True):
         task = looking.Task(0, allow_pickle=False, apart=apart)
         looking.look(task, (listed["t0"], ""))
         assert called == ([1, "kept"] if apart else [])
-    looking._settle.cache_clear()
+    processes.settle.cache_clear()
 
 
 def test_one_tenant_from_two_sources_is_refused(fleet):

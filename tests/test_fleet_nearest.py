@@ -114,6 +114,8 @@ def test_many_at_once_are_each_by_itself(limit, side):
         wanted = nearest(searched(part), alone, limit, ids.__contains__)
         assert [near.id for near in hits] == [near.id for near in wanted]
         assert [near.estimate for near in hits] == pytest.approx([n.estimate for n in wanted])
+    nobody = nearest_of_all(searched(part), own, vectors, np.full(150, limit), usable & False)
+    assert list(nobody) == [[]] * 150
     shaped = Layout(own.stems, ((9, 8),) * 8, side)
     none = nearest_of_all(searched(part), shaped, vectors, np.full(150, limit), usable)
     assert list(none) == [[]] * 150

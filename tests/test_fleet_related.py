@@ -373,3 +373,19 @@ def test_what_one_adapter_serves_is_no_news():
     names = names_of(30)
     served = dict.fromkeys(names[:3], "rep")
     assert not related.related([Part("delta", names, rows)], served, ON)[0]
+
+
+def test_of_more_pairs_than_are_held_the_most_significant_are_taken(monkeypatch):
+    rng = np.random.default_rng(5)
+    vectors = rng.normal(size=(120, 800))
+    vectors[:20] += 1.2 * rng.normal(size=800)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    sample = Sample(vectors.astype(np.float32))
+    [every] = related.discover([sample], Compute())
+    assert every.groups[0].members == tuple(range(20)) and not every.note
+    monkeypatch.setattr(related, "_MOST", 60)
+    monkeypatch.setattr(related, "_BLOCK", 16)
+    [some] = related.discover([sample], Compute())
+    assert 0 < some.significant <= 60 and some.tested == every.tested
+    assert all(set(group.members) <= set(range(20)) for group in some.groups)
+    assert "more than 60 pairs" in some.note

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from scipy.optimize import minimize
 
 import adapterops as ao
 from adapterops.errors import AdapterOpsError
-from adapterops.fleet.grouping.unions import Middle, middle, unions
+from adapterops.fleet.grouping.graph import graph
+from adapterops.fleet.grouping.unions import Middle, middle, neighbours, unions
 from adapterops.fleet.grouping.vectors import Vectors
 from adapterops.fleet.plans.plan import Plan
-from adapterops.fleet.plans.planfile import read_plan
+from adapterops.fleet.plans.planfile import read_plan, read_sketches
 from tests.planted_files import error, read, write
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (64, 16), "model.layers.1.mlp.up_proj": (60, 16)}
@@ -205,3 +207,93 @@ def test_middle_of_what_is_too_far_or_may_not_be_averaged():
     assert two.share == pytest.approx(math.sqrt(1.5) / 1.4) and two.center == 0
     assert middle(vectors, np.full(3, 1.4), [0, 1, 2], np.array([True, False, False])) is None
     assert middle(vectors, np.array([0.9, 0.9, 0.0]), [0, 1, 2], everyone) is None
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_file_that_cannot_be_read_again_stays_out(victim, tmp_path):
+    names = family(tmp_path / "all", 0, 3, 0.17)
+    ao.index(tmp_path / "all", out=tmp_path / "fleet")
+    broken = tmp_path / "all" / names[victim] / "adapter_model.safetensors"
+    state, size = broken.stat(), broken.stat().st_size
+    broken.write_bytes(bytes(size))  # as a disk that loses bytes: nothing says that it changed
+    os.utime(broken, ns=(state.st_atime_ns, state.st_mtime_ns))
+    report = ao.cluster(
+        tmp_path / "fleet", out=tmp_path / "plan", max_error=BOUND, allow_sharing="all"
+    )
+    others = tuple(name for name in names if name != names[victim])
+    assert groups(read_plan(tmp_path / "plan")) == {others, (names[victim],)}
+    [said] = report.warnings
+    assert said.startswith(f"{names[victim]} could not be compared")
+
+
+def test_middle_of_many_is_the_plain_average():
+    rng = np.random.default_rng(11)
+    points = rng.normal(size=60) + 0.2 * rng.normal(size=(300, 60))
+    norms = np.linalg.norm(points, axis=1)
+    vectors = Vectors(points / norms[:, None], norms, np.ones((300, 1)), 2)
+    bounds, able = rng.uniform(0.5, 0.6, 300), np.arange(300) % 3 > 0
+    limits = bounds * norms
+    weights = able / limits**2
+    away = np.linalg.norm(points - weights @ points / weights.sum(), axis=1)
+    found = middle(vectors, bounds, list(range(300)), able)
+    assert found.share == pytest.approx((away / limits).max())
+    assert able[found.center] and np.sum(away[able] < away[found.center]) < 128
+    assert middle(vectors, bounds * found.share * 0.999, list(range(300)), able) is None
+
+
+def test_of_a_crowd_only_the_nearest_are_tried():
+    count, tried = 200, set()
+    pairs = np.array([(i, j) for i in range(count) for j in range(i + 1, count)])
+    away = (pairs[:, 1] - pairs[:, 0]) / count
+    near = neighbours(graph(count, pairs[:, 0], pairs[:, 1], away))
+    assert near[100] == {*range(92, 100), *range(101, 109)}
+    assert near[0] == set(range(1, 17)) and all(i in near[j] for i in range(count) for j in near[i])
+
+    def estimate(rows):
+        tried.add(rows)
+        return Middle((max(rows) - min(rows)) / count, rows[0])
+
+    [one] = unions({place: [place] for place in range(count)}, near, estimate, [1.0] * count)
+    assert one.parts == tuple(range(count))
+    assert len(tried) < 40 * count  # without: as many as there are pairs, and as many again
+
+
+def test_an_average_of_more_modules_than_any_of_its_members(tmp_path):
+    # 21 modules have sketches of side 16, the 41 of their average of side 8.
+    rng = np.random.default_rng(5)
+    common = {"model.layers.0.self_attn.q_proj": (rng.normal(size=(40, 2)), np.eye(2, 40))}
+    own = [
+        (f"model.layers.{number}.mlp.up_proj", (0.02 * rng.normal(size=(40, 2)), np.eye(2, 40)))
+        for number in range(40)
+    ]
+    for name, part in (("one", own[:20]), ("two", own[20:])):
+        write(tmp_path / "all" / name, {**common, **dict(part)}, 2, "F32")
+    plan = planned(tmp_path / "all", tmp_path, representative="mean")
+    assert groups(plan) == {("one", "two")}
+    [rep] = plan.representatives.values()
+    [part] = read_sketches(tmp_path / "plan")
+    assert (part.layout.stems, part.layout.side) == (tuple(sorted({*common, *dict(own)})), 8)
+    deltas = read(tmp_path / "plan" / rep.path)
+    write(tmp_path / "new", {s: (1.1 * B, A) for s, (B, A) in deltas.items()}, 2, "F32")
+    ao.assign(tmp_path / "plan", [tmp_path / "new"], out=tmp_path / "plan2")
+    assert read_plan(tmp_path / "plan2").served["new"].by == rep.id
+
+
+@pytest.mark.parametrize("small", [1e-4, 1e-12, 1e-24, 1e-30])
+def test_middle_of_one_that_is_next_to_nothing_beside_the_other(small):
+    vectors = Vectors(np.ones((2, 1)), np.array([1.0, small]), np.ones((2, 1)), 1)
+    assert middle(vectors, np.full(2, 0.99), [0, 1], np.ones(2, bool)) is None
+
+
+def test_an_average_that_is_left_with_one_member_goes(tmp_path):
+    one, two = family(tmp_path / "all", 0, 2, 0.17)
+    ao.index(tmp_path / "all", out=tmp_path / "fleet")
+    options = {"max_error": BOUND, "allow_sharing": "all"}
+    ao.cluster(tmp_path / "fleet", out=tmp_path / "before", **options)
+    assert groups(read_plan(tmp_path / "before")) == {(one, two)}
+    policy = tmp_path / "policy.csv"
+    policy.write_text(f"tenant,may_represent\n{one},false\n")
+    plan = planned(tmp_path / "all", tmp_path, previous=tmp_path / "before", policy=policy)
+    # What holds the weights of both could serve the first still, with an error and for no gain.
+    assert {rep.holds for rep in plan.representatives.values()} == {(one,), (two,)}
+    assert all(item.error == 0.0 for item in plan.served.values())

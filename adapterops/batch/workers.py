@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from types import FrameType
@@ -35,41 +35,75 @@ def available() -> bool:
 
 
 def ordered_map(
-    work: Callable[[T], R], items: Sequence[T], width: int, size: int = CHUNK
+    work: Callable[[T], R], items: Iterable[T], width: int, size: int = CHUNK
 ) -> Generator[R, None, None]:
-    """`work(item)` for every item, in order, computed by `width` processes, `size` items at a time.
+    """`Pool.map` of processes that are there for this one map."""
+    with Pool(width) as pool:
+        yield from pool.map(work, items, size)
 
-    `work`, items and results must pickle; `work` must raise nothing but KeyboardInterrupt. Closing
-    the generator, or an exception while it waits, ends the processes at once: they are sent
-    SIGTERM, which raises KeyboardInterrupt in `work`. Raises AdapterOpsError where one died.
-    """
-    chunks = [items[start : start + size] for start in range(0, len(items), size)]
-    todo = iter(enumerate(chunks))
-    done: dict[int, list[R]] = {}
-    workers: list[_Worker] = []
-    # No thread: Ctrl-C and SIGTERM raise anywhere in this one, and only this one has any state.
-    with selectors.DefaultSelector() as selector:
-        try:
-            for index, chunk in islice(todo, width):
-                workers.append(_Worker())
-                workers[-1].send(work, chunk)
-                selector.register(workers[-1], selectors.EVENT_READ, index)
-            for position in range(len(chunks)):
-                while position not in done:
-                    for key, _ in selector.select():
-                        worker: Any = key.fileobj
-                        done[key.data] = worker.receive()
-                        selector.unregister(worker)
-                        for index, chunk in islice(todo, 1):
-                            worker.send(work, chunk)
-                            selector.register(worker, selectors.EVENT_READ, index)
-                yield from done.pop(position)
-        finally:
-            for each in workers:
-                each.stop()
-            deadline = time.monotonic() + _GRACE
-            for each in workers:
-                each.end(deadline)
+
+class Pool:
+    """At most `width` processes, started when they are needed, that stay for several maps."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def map(
+        self, work: Callable[[T], R], items: Iterable[T], size: int = CHUNK
+    ) -> Generator[R, None, None]:
+        """`work(item)` for every item, in order, `size` items at a time; one map at a time.
+
+        `work`, items and results must pickle; `work` must raise nothing but KeyboardInterrupt.
+        Closing the generator, or an exception while it waits, ends the processes at once: they are
+        sent SIGTERM, which raises KeyboardInterrupt in `work`. Raises AdapterOpsError where one
+        died.
+        """
+        todo = enumerate(_chunks(items, size))
+        done: dict[int, list[R]] = {}
+        position = 0
+        # No thread: Ctrl-C and SIGTERM raise anywhere in this one, and only this one has any state.
+        with selectors.DefaultSelector() as selector:
+            try:
+                for place, (index, chunk) in enumerate(islice(todo, self._width)):
+                    if place == len(self._workers):
+                        self._workers.append(_Worker())
+                    self._workers[place].send(work, chunk)
+                    selector.register(self._workers[place], selectors.EVENT_READ, index)
+                while selector.get_map() or position in done:
+                    while position not in done:
+                        for key, _ in selector.select():
+                            worker: Any = key.fileobj
+                            done[key.data] = worker.receive()
+                            selector.unregister(worker)
+                            for index, chunk in islice(todo, 1):
+                                worker.send(work, chunk)
+                                selector.register(worker, selectors.EVENT_READ, index)
+                    yield from done.pop(position)
+                    position += 1
+            except BaseException:
+                self._end()
+                raise
+
+    def _end(self) -> None:
+        workers, self._workers = self._workers, []
+        for each in workers:
+            each.stop()
+        deadline = time.monotonic() + _GRACE
+        for each in workers:
+            each.end(deadline)
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    left = iter(items)
+    while chunk := list(islice(left, size)):
+        yield chunk
 
 
 class _Worker:

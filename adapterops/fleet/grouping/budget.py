@@ -20,7 +20,7 @@ from adapterops.fleet.verifying.exact import Result
 
 Group = Callable[[Sets, Candidates, float], Grouped]
 _NEAR = 1e-3  # of the bound: how near to the least it is
-_SLACK = 1.1  # a pair's estimate may be so much above its distance
+_SLACK = 1.1  # so far above a bound are estimates looked at: 3σ̂ of a difference spread over modules
 _STRIDE = 1.05  # the first step from one bound to the next; each is twice the one before
 
 

@@ -22,7 +22,7 @@ does not depend on threads or memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 
@@ -51,7 +51,6 @@ _DENSE = 512  # rows and columns of a block compared by module at once
 _DENSER = 30  # times cheaper is a pair in a block of all pairs than one by itself
 _EDGE = 24  # bytes
 
-Progress = Callable[[str, int, int], None]
 Found = tuple[Array, Array, Array]  # centres, members, distances
 
 
@@ -59,7 +58,6 @@ def edges(
     vectors: Vectors,
     radius: float | Array,
     on: Compute | None = None,
-    progress: Progress | None = None,
     *,
     alike: Array | None = None,
     least: float = math.inf,
@@ -85,7 +83,7 @@ def edges(
     found: list[Found] = []
     total = 0
     with closing(run(jobs, on)) as results:
-        for done, part in enumerate(results, 1):
+        for part in results:
             found.append(part)
             total += len(part[0])
             if total * _EDGE > on.memory:
@@ -94,8 +92,6 @@ def edges(
                     f"{on.memory / 1e6:.0f} MB are too little",
                     hint="give more --memory or a smaller --max-error",
                 )
-            if progress:
-                progress("comparing sketches", done, len(jobs))
     centers, members, distances = (
         np.concatenate([part[place] for part in found]) if found else np.zeros(0)
         for place in range(3)
@@ -105,7 +101,8 @@ def edges(
 
 def _servers(fleet: Sorted, alike: Array, near: float, on: Compute) -> Array:
     """Who may be a centre where adapters at most `near` to each other are copies."""
-    close = within(fleet, near)
+    # `servers` takes distances as they are projected: nothing wider need be counted.
+    close = replace(within(fleet, near), cut=1.0)
     jobs = [
         Job(f"block {start}", _neighbours, (close, start), 16 * BLOCK**2) for start in close.starts
     ]

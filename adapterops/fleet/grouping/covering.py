@@ -79,7 +79,7 @@ def covered(
     if len(each.nodes) == 1:
         return Grouped((Group(0, {0: exact(each.nodes[0].records[0])}),), 0, {})
     own = vectors(each)
-    graph = graph or candidates(each, own, max_error, on)
+    graph = candidates(each, own, max_error, on) if graph is None else graph
     bounds = each.bounds(max_error)
     found = verified_groups(each.nodes, graph, bounds, compare, value)
     silent, before = _silent(graph), math.inf

@@ -19,7 +19,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-_GAP = 1e-13
+_GAP = 1e-9
 _STEPS = 50
 _DECREMENT = 1e-9
 _SHRINK = 0.1
@@ -31,7 +31,7 @@ def enclosing(squares: Array, norms: Array) -> Array:
     """λ (N,), sum 1, of ‖Dᵢ − Dⱼ‖² (N, N) and ‖Dᵢ‖ > 0 (N,).
 
     At λ the mean C = Σλᵢsᵢ·Dᵢ/Σλᵢsᵢ has the smallest largest ‖Dᵢ − C‖/‖Dᵢ‖ of all matrices, to
-    1e-13 in its square, relative to the largest of `squares` over the smallest ‖Dᵢ‖².
+    1e-9 in its square, relative to the largest of `squares` over the smallest ‖Dᵢ‖².
     """
     *_, weights = approaching(squares, norms)
     return weights

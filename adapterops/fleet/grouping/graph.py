@@ -75,9 +75,10 @@ def graph(count: int, centers: Array, members: Array, distances: Array) -> Candi
     """The graph of these edges, each given once, and one from everyone to itself."""
     everyone = np.arange(count)
     apart = centers != members
-    centers = np.concatenate([centers[apart], everyone]).astype(np.int32)
-    members = np.concatenate([members[apart], everyone]).astype(np.int32)
-    distances = np.concatenate([distances[apart], np.zeros(count)]).astype(np.float32)
+    centers = np.concatenate([centers[apart], everyone], dtype=np.int32, casting="unsafe")
+    members = np.concatenate([members[apart], everyone], dtype=np.int32, casting="unsafe")
+    none = np.zeros(count, np.float32)
+    distances = np.concatenate([distances[apart], none], dtype=np.float32, casting="unsafe")
     order = np.lexsort((members, centers))
     starts = np.concatenate([[0], np.cumsum(np.bincount(centers, minlength=count))])
     return Candidates(starts, members[order], distances[order])

@@ -133,9 +133,8 @@ def verified_groups(
         if failed:
             out = np.isin(np.arange(len(nodes)), list(failed))
             graph = graph.kept(~(out[graph.centers()] | out[graph.members]))
-    for member, error in failed.items():
+    for member in failed:
         kept.setdefault(member, Group(member, {member: exact(nodes[member].records[0])}))
-        failed[member] = error
     return Grouped(tuple(kept[center] for center in sorted(kept)), refused, failed)
 
 

@@ -2,9 +2,10 @@
 
 Adapters that are far from each other in weights may be near in what they do to a model's inputs x,
 which seldom point everywhere. Of ΔW·C^½, C = E[xxᵀ], the sketch is PᵀB·(AG)/p, where G (n, p) has
-random signs for coordinates of a root of C (`metric.outer`): E[GGᵀ] = C, and it is linear in ΔW, as
-the sketch of ΔW itself is. Of a large gram G is approximate, and so is who is found by it. Norms
-and energies are those of the sketches.
+random signs for coordinates of a root of C (`metric.outer`). Each column g has E[ggᵀ] = C, so the
+expected square of the sketch is tr(ΔW·C·ΔWᵀ), and it is linear in ΔW, as that of ΔW itself is. Of a
+large gram G is approximate, and so is who is found by it. Norms and energies are those of the
+sketches.
 """
 
 from __future__ import annotations

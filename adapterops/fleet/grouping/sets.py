@@ -60,19 +60,36 @@ def set_of(part: Partition, consent: Consent) -> Sets:
 
 
 def placed(found: Signature, onto: Layout) -> Array:
-    """A signature's sketch over the modules of another layout, (L·p²,) float32.
+    """A signature's sketch over the modules of another layout, (L·p²,) float32, as `_over` gives.
 
-    Modules that it changes beyond them are left out; none does that was made of the layout's own.
     One that changes nothing is zero.
     """
-    stems = found.layout.stems if found.layout else ()
-    blocks = smaller(found.sketch.astype(np.float32), onto.side) if stems else found.sketch
-    index = {stem: place for place, stem in enumerate(stems)}
-    out = np.zeros((len(onto.stems), onto.side, onto.side), np.float32)
-    for place, stem in enumerate(onto.stems):
-        if stem in index:
-            out[place] = blocks[index[stem]]
-    return out.reshape(-1)
+    if found.layout is None:
+        return np.zeros(len(onto.stems) * onto.side**2, np.float32)
+    row: Array = _over(found.sketch.astype(np.float32)[None], found.layout, onto)[0]
+    return row
+
+
+def _over(rows: Array, own: Layout, onto: Layout) -> Array:
+    """Sketches (N, ...) of one layout over the modules of another of no larger side, (N, L·p²).
+
+    Modules that are not in the other are left out, those that it has alone are zero.
+    """
+    if own == onto:
+        return rows.reshape(len(rows), -1)
+    blocks = smaller(rows.reshape(len(rows), -1, own.side, own.side), onto.side)
+    out = np.zeros((len(rows), len(onto.stems), onto.side, onto.side), np.float32)
+    index = {stem: place for place, stem in enumerate(own.stems)}
+    both = [(index[stem], place) for place, stem in enumerate(onto.stems) if stem in index]
+    out[:, [place for _, place in both]] = blocks[:, [mine for mine, _ in both]]
+    return out.reshape(len(rows), -1)
+
+
+def _union(layouts: Sequence[Layout]) -> Layout:
+    """The modules of all these, which agree in shape, at the smallest side."""
+    shapes = {s: shape for one in layouts for s, shape in zip(one.stems, one.shapes, strict=True)}
+    stems = tuple(sorted(shapes))
+    return Layout(stems, tuple(shapes[s] for s in stems), min(one.side for one in layouts))
 
 
 def sketches(
@@ -90,8 +107,10 @@ def sketches(
         return []
     records = [each.nodes[place].records[0] for _, _, place in able]
     columns = fleet.columns(records)
-    rows, _, stems = fleet.matrix(records)
-    shape = Layout(stems, columns.shapes, columns.side)
+    own = Layout(columns.stems, columns.shapes, columns.side)
+    # An average changes what any of its members does: more than the original in its middle.
+    shape = _union([own, *(new.layout for _, new, _ in able if new and new.layout)])
+    rows = _over(fleet.sketches(records), own, shape)
     norms = np.array([record.norm for record in records])
     for row, (_, new, _) in enumerate(able):
         if new is not None:

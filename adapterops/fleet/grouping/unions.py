@@ -21,15 +21,16 @@ from adapterops.fleet.grouping.vectors import Vectors
 from adapterops.fleet.types import Array
 
 _LARGEST = 128  # of adapters whose best average is sought; of more it is the plain one
+_NEAREST = 16  # others that each is tried with: all of a loose crowd would be its square
 
 
 @dataclass(frozen=True, slots=True)
 class Middle:
-    """What an average of some adapters gives each: `share` is the largest error over its bound,
+    """What an average of some adapters gives each of them.
 
-    that of the best of them, or of the plain one if it is within all bounds.
-
-    `center` is the one among those averaged whose own largest share is smallest.
+    `share` is the largest error over its bound: by the plain average if that is within all bounds,
+    else by the best. `center` is the one among those averaged, the nearest to the average where
+    they are many, whose own largest share is smallest.
     """
 
     share: float
@@ -49,43 +50,44 @@ def middle(vectors: Vectors, bounds: Array, rows: Sequence[int], able: Array) ->
     limits = bounds[place] * norms
     if not (limits > 0).all():
         return None
-    scaled = vectors.sketches[place].astype(np.float64) * norms[:, None]
-    own = np.einsum("nd,nd->n", scaled, scaled)
-    squares = np.maximum(own[:, None] + own - 2 * (scaled @ scaled.T), 0.0)
-    np.fill_diagonal(squares, 0.0)
-    if (squares > (limits[:, None] + limits) ** 2).any():
-        return None
+    points = vectors.sketches[place].astype(np.float64) * norms[:, None]
+    own = np.flatnonzero(able)
     # In units of each one's bound, so that the largest share is what becomes smallest.
     scales = np.where(able, limits**-2.0, 0.0)
-    share, least = _share(squares, limits, scales)
-    if least > 1:
-        return None
-    if share > 1 and np.count_nonzero(able) <= _LARGEST:
-        own = np.ix_(able, able)
-        for weights in approaching(squares[own], limits[able]):
+    apart, least = _apart(points, limits, scales)
+    if (apart > limits).any() and least <= 1 and len(own) <= _LARGEST:
+        squares = _squares(points[own], points[own])
+        if (squares > np.add.outer(limits[own], limits[own]) ** 2).any():
+            return None
+        for weights in approaching(squares, limits[own]):
             fine = scales.copy()
-            fine[able] *= weights
-            share, least = _share(squares, limits, fine)
-            if share <= 1 or least > 1:
+            fine[own] *= weights
+            apart, least = _apart(points, limits, fine)
+            if (apart <= limits).all() or least > 1:
                 break
-    if share > 1:
+    if (apart > limits).any():
         return None
-    alone = np.where(able, (np.sqrt(squares) / limits[:, None]).max(0), math.inf)
-    return Middle(share, int(place[int(alone.argmin())]))
+    few = np.sort(own[np.argsort(apart[own], kind="stable")[:_LARGEST]])
+    alone = (np.sqrt(_squares(points, points[few])) / limits[:, None]).max(0)
+    return Middle(float((apart / limits).max()), int(place[few[alone.argmin()]]))
 
 
-def _share(squares: Array, limits: Array, weights: Array) -> tuple[float, float]:
-    """The largest share of a bound by the mean with these weights, and what no adapter is below.
+def _squares(some: Array, others: Array) -> Array:
+    """‖xᵢ − yⱼ‖² of rows."""
+    one, two = (np.einsum("nd,nd->n", rows, rows) for rows in (some, others))
+    return np.asarray(np.maximum(one[:, None] + two - 2 * (some @ others.T), 0.0))
+
+
+def _apart(points: Array, limits: Array, weights: Array) -> tuple[Array, float]:
+    """How far the mean with these weights is from each, and what no largest share is below.
 
     With weights λᵢ/εᵢ² the mean minimises Σλᵢ·(‖Dᵢ − X‖/εᵢ)², whose root over Σλ = 1 is at most the
     largest ‖Dᵢ − X‖/εᵢ of any X.
     """
-    total = weights.sum()
-    apart = squares @ (weights / total)
-    own = 0.5 * float(weights @ apart) / total
-    errors = np.maximum(apart - own, 0.0) / limits**2
-    lower = own * total / float(np.sum(weights * limits**2))
-    return math.sqrt(float(errors.max())), math.sqrt(lower)
+    away = points - (weights @ points) / weights.sum()
+    squares = np.einsum("nd,nd->n", away, away)
+    lower = float(weights @ squares) / float(np.sum(weights * limits**2))
+    return np.sqrt(squares), math.sqrt(lower)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +143,15 @@ def unions(
 
 
 def neighbours(near: Candidates) -> list[set[int]]:
-    """For each node of a graph the others that have an edge with it, in either direction."""
+    """For each node of a graph the nearest that have an edge with it, and whose nearest it is."""
+    centers, apart = near.centers(), near.centers() != near.members
+    one, other = centers[apart], near.members[apart]
+    one, other = np.concatenate([one, other]), np.concatenate([other, one])
+    order = np.lexsort((other, np.tile(near.distances[apart], 2), one))
+    cuts = np.cumsum(np.bincount(one, minlength=near.count))[:-1]
     found: list[set[int]] = [set() for _ in range(near.count)]
-    for one, other in zip(near.centers().tolist(), near.members.tolist(), strict=True):
-        if one != other:
-            found[one].add(other)
-            found[other].add(one)
+    for place, others in enumerate(np.split(other[order], cuts)):
+        for nearest in list(dict.fromkeys(others.tolist()))[:_NEAREST]:
+            found[place].add(nearest)
+            found[nearest].add(place)
     return found

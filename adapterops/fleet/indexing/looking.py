@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
-from threadpoolctl import threadpool_limits
-
+from adapterops.batch.processes import settle
 from adapterops.errors import AdapterOpsError, FileError, MemoryLimitError, UnsupportedError
 from adapterops.files.remote import is_remote, located
 from adapterops.fleet.signing.measured import measure
@@ -19,7 +17,6 @@ from adapterops.fleet.tenants.finding import check_adapter
 from adapterops.fleet.tenants.versions import has_pickle, versions
 from adapterops.fleet.types import Signature, Tenant
 from adapterops.formats import AdapterFile, read_adapter
-from adapterops.stream import keep_freed_memory
 
 CHANGED = "changed while it was read; the next `index` reads it again"
 
@@ -66,7 +63,7 @@ def look_at_all(task: Task, items: Sequence[tuple[Tenant, str]]) -> list[Looked]
 def look(task: Task, item: tuple[Tenant, str]) -> Looked:
     """The signature of a tenant's adapter, whose files had this version when they were listed."""
     if task.apart:
-        _settle()
+        settle()
     tenant, version = item
     try:
         return _look(task, tenant, version)
@@ -138,10 +135,3 @@ def _measure(file: AdapterFile, seed: int) -> None:
     finally:
         for source in file.sources:
             source.close()
-
-
-@cache
-def _settle() -> None:
-    """One BLAS thread, and memory that is kept, for as long as this process lives."""
-    threadpool_limits(1)
-    keep_freed_memory()

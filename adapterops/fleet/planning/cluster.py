@@ -14,7 +14,9 @@ import msgspec
 import numpy as np
 
 from adapterops.activations import Activations, open_activations
-from adapterops.errors import BudgetError, MemoryLimitError, UsageError
+from adapterops.batch import workers
+from adapterops.batch.processes import processes
+from adapterops.errors import AdapterOpsError, BudgetError, MemoryLimitError, UsageError
 from adapterops.files.output import SIDECAR, Staging, check_output, stage
 from adapterops.files.scratch import scratch
 from adapterops.fleet.consent.policy import Consent
@@ -45,6 +47,7 @@ from adapterops.fleet.representing.representative import KINDS, choose
 from adapterops.fleet.verifying.exact import compare_groups
 from adapterops.stream import Compute
 
+_MANY = 1000  # adapters whose headers keep the interpreter busier than their numbers
 _FARTHEST = 1.0  # apart: what is nearly orthogonal has no average worth trying
 
 Progress = Callable[[str, int, int], None]
@@ -103,7 +106,8 @@ def plan_fleet(
         )
     with _target(out, options, on) as place:
         draft = Draft(fleet, options.consent, place.root, REPRESENTATIVES)
-        plan = _planned(draft, options, previous, inputs, on, progress)
+        with _wide(on, fleet, inputs) as many:
+            plan = _planned(draft, options, previous, inputs, many, progress)
         changes = {} if previous is None else diff(previous, plan).to_dict()
         report = outcome(plan, "" if options.dry_run else out, changes)
         if isinstance(place, Staging):
@@ -140,6 +144,17 @@ def _target(out: str, options: Options, on: Compute) -> Iterator[Staging | _Nowh
         return
     with stage(out, directory=True, overwrite=options.overwrite) as staging:
         yield staging
+
+
+@contextmanager
+def _wide(on: Compute, fleet: Fleet, inputs: Activations | None) -> Iterator[Compute]:
+    """`on`, with processes of this machine where there are so many adapters that they pay."""
+    many = len(fleet.records) >= _MANY and inputs is None
+    if not many or on.spread or on.device != "cpu" or on.threads < 2 or not workers.available():
+        yield on
+        return
+    with processes(on.threads) as spread:
+        yield replace(on, spread=spread, share=on.memory // on.threads)
 
 
 def _planned(
@@ -206,11 +221,14 @@ def _planned(
     done, total = 0, sum(len(each.nodes) for each in sets)
     for each, groups in zip(sets, found, strict=True):
         with scratch(draft.root) as work:
-            served = [Represented(group, None) for group in groups.groups]
+            served, failed = [Represented(group, None) for group in groups.groups], groups.failed
             if join and len(served) > 1:
-                served = _joined(draft, each, vectors(each), groups, bound, write, value, on, work)
+                served, more = _joined(
+                    draft, each, vectors(each), groups, bound, write, value, on, work
+                )
+                failed = {**failed, **more}
             best = represented(each, served, each.bounds(bound), write, value, work)
-            draft.add_groups(each, best, groups.failed)
+            draft.add_groups(each, best, failed)
         done += len(each.nodes)
         if progress:
             progress("adapters", done, total)
@@ -243,20 +261,22 @@ def _joined(
     value: Value,
     on: Compute,
     work: Path,
-) -> list[Represented]:
-    """The groups of a partition, those joined that one average may serve."""
+) -> tuple[list[Represented], dict[int, AdapterOpsError]]:
+    """The groups of a partition, those joined that one average may serve; whose files failed."""
     alone = [Represented(group, None) for group in found.groups if group.center in found.failed]
     groups = [group for group in found.groups if group.center not in found.failed]
     bounds = each.bounds(bound)
     rows = np.array([group.center for group in groups], np.int64)
     reach = np.minimum(2 * bounds[rows], _FARTHEST)
     try:
-        near = edges(vectors.rows(rows), reach, on)
+        near = edges(vectors.rows(rows), reach, on).permitted(
+            lambda center, members: each.permissions.allowed(int(rows[center]), rows[members])
+        )
     except MemoryLimitError as error:
         draft.note(f"averages that join groups were not looked for: {error.message}")
-        return [Represented(group, None) for group in found.groups]
-    both = joined(each, groups, neighbours(near), vectors, bounds, write, value, work)
-    return sorted([*alone, *both], key=lambda one: one.group.center)
+        return [Represented(group, None) for group in found.groups], {}
+    both, failed = joined(each, groups, neighbours(near), vectors, bounds, write, value, work)
+    return sorted([*alone, *both], key=lambda one: one.group.center), failed
 
 
 def _outlook(
@@ -291,14 +311,18 @@ def _related(
         for each in several:
             records = [node.records[0] for node in each.nodes]
             names = [record.tenant.name for record in records]
-            yield Part("delta", names, fleet.matrix(records)[0], fleet.starts(records))
+            yield Part("delta", names, fleet.sketches(records), fleet.starts(records))
             # What one initialisation makes alike are inputs: outputs start at zero.
             yield Part("outputs", names, fleet.outputs(records))
 
     served = {name: item.by for name, item in draft.served.items()}
     listed, notes = related(parts(), served, on, q=options.discovery, seed=fleet.seed)
-    if len(sets) == 1:
-        kinds = zip(("delta", "outputs"), notes, strict=False)
-        for text in (f"related tenants by {by}: {note}" for by, note in kinds if note):
-            draft.note(text)
+    single = len(sets) == 1  # of several, which of them has too few tenants is of no interest
+    texts = (
+        f"related tenants by {by}: {note}"
+        for by, note in zip(("delta", "outputs") * len(several), notes, strict=True)
+        if note and (single or note.startswith("more than"))
+    )
+    for text in dict.fromkeys(texts):
+        draft.note(text)
     return listed

@@ -152,8 +152,8 @@ class Draft:
         each: Sets,
         groups: Iterable[Represented],
         failed: Mapping[int, AdapterOpsError],
-    ) -> int:
-        """A partition's groups with what serves them; averages move into PLAN. Their number.
+    ) -> None:
+        """A partition's groups with what serves them; averages move into PLAN.
 
         `failed` are the nodes whose files could not be read again.
         """
@@ -162,7 +162,6 @@ class Draft:
             self._warnings.append(f"{name} could not be compared: {error.message}")
         kept = [self._add_group(each, one.group, one.average) for one in groups]
         self._parts += sketches(each, self.fleet, self._consent, kept)
-        return len(kept)
 
     def _add_group(
         self, each: Sets, group: Group, made: Average | None

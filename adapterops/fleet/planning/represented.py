@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from adapterops.errors import AdapterOpsError
 from adapterops.fleet.consent.policy import NEAR_EXACT
 from adapterops.fleet.grouping.groups import Group, Value, fits
 from adapterops.fleet.grouping.sets import Sets
@@ -57,12 +58,13 @@ def joined(
     write: Write,
     value: Value,
     work: Path,
-) -> list[Represented]:
+) -> tuple[list[Represented], dict[int, AdapterOpsError]]:
     """The groups, those made one that a single adapter serves within everyone's bound.
 
     `near` are for each group the places of others to try it with, `bounds` (N,) the nodes'. What
     sketches promise is written to `work`, and holds only if every error of the bytes is within its
-    bound; where it is not, less is tried of these groups.
+    bound; where it is not, less is tried of these groups. Beside them come the nodes whose files
+    could not be read; their groups stay as they are.
     """
 
     @cache
@@ -72,6 +74,7 @@ def joined(
     left = {place: sorted(group.errors) for place, group in enumerate(groups)}
     ceilings = [1.0] * len(groups)
     done: list[Represented] = []
+    failed: dict[int, AdapterOpsError] = {}
     for number in range(_ROUNDS):
         tried = unions(left, near, estimate, ceilings)
         if not tried:
@@ -79,29 +82,42 @@ def joined(
         asked = [_asked(each, one.rows, one.middle.center, bounds, {}) for one in tried]
         inside = work / f"joined-{number}"
         inside.mkdir()
-        for one, want, made in zip(tried, asked, write(asked, inside), strict=True):
-            errors = _within(made, want, value)
-            for part in one.parts:
-                if errors is None:
-                    ceilings[part] = _LESS * one.middle.share
-                else:
-                    del left[part]
-            if errors is not None:
-                group = Group(one.middle.center, dict(zip(one.rows, errors, strict=True)))
-                done.append(Represented(group, made if made.signature else None))
+        with closing(write(asked, inside)) as results:
+            for one, want, made in zip(tried, asked, results, strict=True):
+                errors = _within(made, want, value)
+                broken = _broken(made, one.rows, want)
+                failed |= broken
+                for part in one.parts:
+                    if errors is not None:
+                        del left[part]
+                    elif not broken:
+                        ceilings[part] = _LESS * one.middle.share
+                    elif not broken.keys().isdisjoint(left[part]):
+                        done.append(Represented(groups[part], None))
+                        del left[part]
+                if errors is not None:
+                    group = Group(one.middle.center, dict(zip(one.rows, errors, strict=True)))
+                    done.append(Represented(group, made if made.signature else None))
     done += [Represented(groups[place], None) for place in left]
-    return sorted(done, key=lambda one: one.group.center)
+    return sorted(done, key=lambda one: one.group.center), failed
 
 
 def _within(made: Average, asked: Asked, value: Value) -> list[Error] | None:
     """Everyone's error by what was made, in the order asked, if all are within their bounds."""
     found = []
     for name, limit in asked.limits.items():
-        error = made.chosen.errors[name]
+        error = made.chosen.errors.get(name)
         if not isinstance(error, Error) or not fits(error, limit, value):
             return None
         found.append(error)
     return found
+
+
+def _broken(made: Average, rows: Sequence[int], asked: Asked) -> dict[int, AdapterOpsError]:
+    """The errors of those whose files could not be read."""
+    errors = (made.chosen.errors.get(name) for name in asked.limits)
+    found = zip(rows, errors, strict=True)
+    return {row: error for row, error in found if isinstance(error, AdapterOpsError)}
 
 
 def _asked(

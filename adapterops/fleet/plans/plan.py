@@ -121,9 +121,9 @@ class Plan:
     """The whole plan; `options` are what it was made with, `fleet` where its index is.
 
     `routes` maps every tenant to the path of what serves it, None for the base model itself.
-    `left` says of tenants served by their own adapter why none is shared, `excluded` names those
-    that cannot be served from here at all (broken files), with the reason. `discovery` is the false
-    discovery rate that `related` was found at. `gain` is what sharing would save were it allowed.
+    `excluded` names tenants that cannot be served from here at all (broken files), with the reason.
+    `discovery` is the false discovery rate that `related` was found at. `gain` is what sharing
+    would save were it allowed. `assigned` are counters of what `assign` added since.
     """
 
     fleet: str

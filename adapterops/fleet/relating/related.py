@@ -17,6 +17,7 @@ All pairs are compared in blocks, one product each; what is kept is only what ma
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ FEWEST = 8  # tenants: 28 pairs, below which there is no telling what is usual
 SAME_START = 0.5  # cosine of two init fingerprints from which on they had one start
 _BLOCK = 2048
 _KEPT = 2_000_000  # pairs that are kept by chance alone
+_MOST = 4_000_000  # pairs that groups are made of: ten crowds of 10⁴ tenants have 5·10⁸
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +89,13 @@ class Hits:
     p: Array
     cosines: Array
 
+    def at(self, place: Array) -> Hits:
+        """Some of them, by mask or places."""
+        return Hits(self.first[place], self.second[place], self.p[place], self.cosines[place])
+
     def taken(self, most: float) -> Hits:
         """Those whose p is at most this."""
-        low = self.p <= most
-        return Hits(self.first[low], self.second[low], self.p[low], self.cosines[low])
+        return self.at(self.p <= most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +130,14 @@ def _tested(sample: Sample, on: Compute, q: float, seed: int) -> _Tested:
     rows = sampled(count, seed)
     level = levels(sample.vectors, rows)
     nulls, counts = _backgrounds(level, sample.starts, rows)
-    hits, pairs = _hits(level, sample.starts, nulls, q, on)
-    return _Tested(hits, pairs, _untested(nulls, counts))
+    hits, pairs, dropped = _hits(level, sample.starts, nulls, q, on)
+    said = [_untested(nulls, counts)]
+    if dropped:
+        said.append(
+            f"more than {_MOST} pairs may stand out: groups are made of the most significant, and "
+            "may be parts of larger ones"
+        )
+    return _Tested(hits, pairs, "; ".join(filter(None, said)))
 
 
 def _discovery(tested: _Tested, hits: Hits) -> Discovery:
@@ -184,8 +195,12 @@ def _hits(
     nulls: Sequence[Background | None],
     q: float,
     on: Compute,
-) -> tuple[Hits, int]:
-    """The pairs whose p is small enough to matter, and how many were tested."""
+) -> tuple[Hits, int, bool]:
+    """The pairs whose p is small enough to matter, how many were tested, if any were dropped.
+
+    Those of the largest p are dropped where there are more than `_MOST`: the step-up rule then
+    takes fewer, and those that it takes are as significant as before.
+    """
     count = len(level.vectors)
     pairs = count * (count - 1) // 2
     # By chance p ≤ `most` for at most _KEPT pairs. The step-up rule goes beyond it only where more
@@ -193,19 +208,33 @@ def _hits(
     most = min(q, _KEPT / pairs)
     cuts = [np.inf if null is None else null.cut(most) for null in nulls]
     alone = starts is None or nulls[0] is nulls[1]
-    found: list[tuple[Array, Array, Array, Array]] = []
-    tested = 0
+    none = np.zeros(0, np.int64)
+    found = [Hits(none, none, np.zeros(0), np.zeros(0))]
+    tested, many = 0, 0
     jobs = _jobs(level, None if alone else starts, cuts)
-    for rows, columns, values, same, counted in run(jobs, on):
-        p = np.empty(len(values))
-        for kind, null in enumerate(nulls):
-            own = same == bool(kind)
-            if null is not None:
-                p[own] = p_values(null, values[own])
-                tested += counted[kind]
-        found.append((rows, columns, p, level.cosines(values, rows, columns)))
-    parts = [np.concatenate(part) for part in zip(*found, strict=True)]
-    return Hits(*parts), tested
+    with closing(run(jobs, on)) as results:
+        for rows, columns, values, same, counted in results:
+            p = np.empty(len(values))
+            for kind, null in enumerate(nulls):
+                own = same == bool(kind)
+                if null is not None:
+                    p[own] = p_values(null, values[own])
+                    tested += counted[kind]
+            found.append(Hits(rows, columns, p, level.cosines(values, rows, columns)))
+            many += len(p)
+            if sum(len(part.p) for part in found) > 2 * _MOST:
+                found = [_strongest(found)]
+    return _strongest(found), tested, many > _MOST
+
+
+def _strongest(parts: Sequence[Hits]) -> Hits:
+    """All of them, as they come, or the `_MOST` of the smallest p."""
+    first, second, p, cosines = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("first", "second", "p", "cosines")
+    )
+    hits = Hits(first, second, p, cosines)
+    return hits if len(p) <= _MOST else hits.at(np.sort(np.argsort(p, kind="stable")[:_MOST]))
 
 
 Block = tuple[Array, Array, Array, Array, tuple[int, int]]

@@ -26,7 +26,7 @@ from adapterops.fleet.replanning.joining import (
     singleton,
     sketch_of,
 )
-from adapterops.fleet.replanning.nearest import Searched, nearest, searched
+from adapterops.fleet.replanning.nearest import Searched, nearest, reach, searched
 from adapterops.fleet.replanning.sticky import place
 from adapterops.fleet.verifying.exact import Error
 
@@ -243,13 +243,12 @@ def _offers(
 ) -> list[str]:
     """Ids to verify against: what serves the tenant now, then the nearest that may serve it.
 
-    Its own former file is none of them where it serves nobody else. In another metric than that of
-    sketches, the nearest are tried however far they are.
+    Its own former file is none of them where it serves nobody else.
     """
     name, plan, consent = item.tenant.name, judge.plan, judge.consent
     if item.signature.status != "ok" or consent.policy.rule(name).private:
         return []
-    limit = judge.limit if plan.metric == "frobenius" else math.inf
+    limit = reach(plan.metric, judge.limit)
     if not consent.may_differ(name):
         limit = min(limit, NEAR_EXACT)
     current, own = _before(plan, name), _own(plan, name)

@@ -37,7 +37,7 @@ class AssignReport:
     """The result of `assign`, sorted by tenant.
 
     `max_error` is the bound that held, in the plan's metric. `drift` are the plan's counters since
-    it was made (`replanning.counters`), with a hint where planning again may pay.
+    it was made (`drifted.counters`), with a hint where planning again may pay.
     """
 
     output: str

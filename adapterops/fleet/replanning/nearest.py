@@ -17,7 +17,7 @@ from adapterops.fleet.types import Array, Layout, Signature
 
 _REFINED = 64
 _PAIRS = 1024  # compared one by one at once
-_BLOCK = 2048
+_BLOCK, _CELLS = 2048, 1 << 24  # adapters at once, and pairs of one with a representative
 _ROUNDING = 1e-3  # of distances between sketches of norm about 1 in float16
 
 
@@ -93,16 +93,20 @@ def nearest_of_all(
     part = among.part
     side = min(part.layout.side, own.side)
     usable = usable & (part.norms > 0)
+    if not usable.any():
+        yield from ([] for _ in vectors.norms)
+        return
     ids = np.array(part.ids, dtype=object)[usable]
     layout = Layout(own.stems, own.shapes, side)
     union = _at(_chosen(among, usable), side)
-    for start in range(0, len(vectors.norms), _BLOCK):
-        at = slice(start, start + _BLOCK)
+    count = max(1, min(_BLOCK, _CELLS // len(ids)))
+    for start in range(0, len(vectors.norms), count):
+        at = slice(start, start + count)
         blocks = vectors.sketches[at].astype(np.float32)
         blocks = smaller(blocks.reshape(len(blocks), -1, own.side, own.side), side)
         placed = _placed(part.layout, layout, blocks.reshape(len(blocks), -1))
         norms, bounds = vectors.norms[at], limits[at]
-        if placed is None or not len(ids):
+        if placed is None:
             yield from ([] for _ in norms)
             continue
         rows, outside = placed

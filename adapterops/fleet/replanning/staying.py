@@ -200,12 +200,16 @@ def _exchanged(
 
 
 def _without(stayed: Sequence[Stayed], names: set[str]) -> list[Stayed]:
-    """What stays when these tenants do not; a representative of nobody goes."""
+    """What stays when these tenants do not.
+
+    A representative of nobody goes, and one of a single tenant unless it is that one's own change:
+    his own adapter costs as much and is exact.
+    """
     kept = []
     for one in stayed:
         errors = {name: error for name, error in one.errors.items() if name not in names}
         records = tuple(record for record in one.records if record.tenant.name in errors)
-        if errors:
+        if len(errors) > 1 or any(found.error == 0.0 for found in errors.values()):
             rep = replace(one.representative, members=tuple(sorted(errors)))
             kept.append(Stayed(rep, records, errors))
     return kept

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from adapterops.errors import AdapterOpsError
 from adapterops.fleet.grouping.groups import Value, fits
 from adapterops.fleet.representing.representative import Chosen
 from adapterops.fleet.signing.signature import signature
 from adapterops.fleet.types import Record, Signature
 from adapterops.fleet.verifying.exact import Error
 from adapterops.formats.names import DIRECTORIES
-from adapterops.stream import Compute, Job, available_memory, available_threads, run
+from adapterops.stream import Compute, Job, alone, run
 
 Make = Callable[..., Chosen]
 FILE = "adapter.safetensors"  # of a dialect that is no directory
@@ -51,13 +52,14 @@ def averages(
 ) -> Generator[Average, None, None]:
     """The choice for each group, in order; each average is written to a folder `inside`.
 
-    `make` is `representative.choose` with the options that all have in common. Raises what it does.
+    `make` is `representative.choose` with the options that all have in common. Raises what it does,
+    but for a member's file: where that cannot be read, its error is the only one of the original.
     Other machines that `on` spreads over must see `inside` by its name.
     """
     if not asked:
         return
     if on.spread is not None:
-        work = partial(_far, inside, seed, make, value)
+        work = partial(_far, inside, seed, make, value, on.share)
         with closing(on.spread(work, enumerate(asked))) as found:
             yield from found
         return
@@ -71,12 +73,18 @@ def averages(
         yield from results
 
 
-def _far(inside: Path, seed: int, make: Make, value: Value, item: tuple[int, Asked]) -> Average:
-    """`_average` on another machine, in a folder of this attempt alone: it may not be the first."""
+def _far(
+    inside: Path,
+    seed: int,
+    make: Make,
+    value: Value,
+    share: int | None,
+    item: tuple[int, Asked],
+) -> Average:
+    """`_average` in another process, in a folder of this attempt alone: it may not be the first."""
     n, asked = item
     folder = Path(tempfile.mkdtemp(prefix=f"{n}-", dir=inside)) / NAME
-    share = available_memory() // available_threads()
-    return _average(asked, folder, seed, make, value, Compute("cpu", share, 1))
+    return _average(asked, folder, seed, make, value, alone(share))
 
 
 def _average(
@@ -86,15 +94,21 @@ def _average(
     folder.parent.mkdir(exist_ok=True)
     if not is_folder:
         folder.mkdir()
-    made = make(
-        asked.center,
-        asked.records,
-        out=folder if is_folder else folder / FILE,
-        on=on,
-        allowed=asked.allowed,
-        max_error=min(asked.limits.values()),
-        errors=asked.errors,
-    )
+    try:
+        made = make(
+            asked.center,
+            asked.records,
+            out=folder if is_folder else folder / FILE,
+            on=on,
+            allowed=asked.allowed,
+            max_error=min(asked.limits.values()),
+            errors=asked.errors,
+        )
+    except AdapterOpsError as said:
+        bad = [r for r in asked.records if f"{said.path}/".startswith(f"{r.tenant.location}/")]
+        if not bad:
+            raise
+        return Average(_unmade(asked.center, bad[0], said), folder)
     if not made.path:
         return Average(made, folder)
     for name, error in made.errors.items():
@@ -103,3 +117,18 @@ def _average(
             reason = f"an original: for one of them the {made.kind} is above its bound: {figure}"
             return Average(replace(made, path="", kind="medoid", reason=reason), folder)
     return Average(made, folder, signature(made.path, seed))
+
+
+def _unmade(center: Record, bad: Record, error: AdapterOpsError) -> Chosen:
+    """The original of `center`, where a member's file cannot be read any more."""
+    return Chosen(
+        kind="medoid",
+        center=center.tenant.name,
+        path="",
+        errors={bad.tenant.name: error},
+        holds=(center.tenant.name,),
+        rank=center.rank,
+        size=center.size,
+        dtype=center.dtype,
+        reason=f"an original: no average could be made: {error.message}",
+    )

@@ -23,14 +23,14 @@ from adapterops.fleet.verifying.held import CHUNK, Held, Result
 from adapterops.fleet.verifying.opening import Opener
 from adapterops.fleet.verifying.shortfall import Error
 from adapterops.formats.locate import locate
-from adapterops.stream import Compute, Job, Spread, available_memory, available_threads, run
+from adapterops.stream import Compute, Job, Spread, alone, run
 
 __all__ = ["Error", "Result", "compare", "compare_groups", "compare_many"]
 
 Group = tuple[str | None, Sequence[str]]
 Slice = tuple[str | None, tuple[str, ...]]
 _SLICE = 16  # members of a job
-_TOGETHER = 64  # members of a task on another machine
+_TOGETHER = 64  # members of a task in another process
 _UNKNOWN = 64 << 20
 
 
@@ -81,10 +81,10 @@ def compare_groups(
     """`compare_many` of many representatives in one run: a list for each, in order.
 
     Every member is opened and read once for each group that it is in, every representative once,
-    or once for every `_TOGETHER` members where `on` spreads over machines.
+    or once for every `_TOGETHER` members where `on` spreads over processes.
     """
     if on.spread is not None:
-        yield from _far(groups, on.spread, activations, allow_pickle)
+        yield from _far(groups, on.spread, activations, allow_pickle, on.share)
         return
     opener, stack = Opener(allow_pickle=allow_pickle), ExitStack()
     sizes: deque[int] = deque()
@@ -125,11 +125,15 @@ def _gathered(
 
 
 def _far(
-    groups: Iterable[Group], spread: Spread, activations: Activations | None, allow_pickle: bool
+    groups: Iterable[Group],
+    spread: Spread,
+    activations: Activations | None,
+    allow_pickle: bool,
+    share: int | None,
 ) -> Generator[list[Result], None, None]:
-    """`compare_groups` on other machines, `_TOGETHER` members of one or several groups at a time.
+    """`compare_groups` in other processes, `_TOGETHER` members of one or several groups at a time.
 
-    The slices are the same however many machines there are.
+    The slices are the same however many there are.
     """
     sizes: deque[int] = deque()
 
@@ -148,16 +152,19 @@ def _far(
         if batch:
             yield batch
 
-    work = partial(compare_slices, activations, allow_pickle)
+    work = partial(compare_slices, activations, allow_pickle, share)
     with closing(spread(work, batches())) as results:
         yield from _gathered(chain.from_iterable(results), sizes)
 
 
 def compare_slices(
-    activations: Activations | None, allow_pickle: bool, slices: Sequence[Slice]
+    activations: Activations | None,
+    allow_pickle: bool,
+    share: int | None,
+    slices: Sequence[Slice],
 ) -> list[list[Result]]:
-    """The errors of the members of each slice; memory is one task's share of this machine."""
-    budget = available_memory() // (4 * available_threads())
+    """The errors of the members of each slice; `share` is the memory of one task, if given."""
+    budget = alone(share).memory // 4
     opener = _opener(allow_pickle)
     with ExitStack() as stack:
         inside = None
