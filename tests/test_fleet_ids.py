@@ -24,6 +24,16 @@ def test_files_that_were_not_read_have_ids_of_their_own(tmp_path):
         "a": "unread",
         "b": "unread-2",
     }
+    plan = draft.plan(
+        max_error=0.2,
+        metric="frobenius",
+        options={},
+        discovery=0.05,
+        pareto=(),
+        gain={},
+        related=(),
+    )
+    assert plan.options["adapters_before"] == 2
 
 
 def test_numbers_go_on_until_one_is_free():

@@ -236,12 +236,11 @@ class Draft:
     ) -> Plan:
         """The whole plan."""
         records = self.fleet.records
-        sizes = {record.content: record.size for record in records if record.status != "broken"}
-        served = {record.content for record in records if record.status in ("ok", "ineligible")}
-        before = {
-            "adapters_before": len(served),
-            "bytes_before": sum(sizes.values()),
-        }
+        # What was not read has no content: it is like nothing else.
+        own = {record.tenant.name: record.content or record.tenant.name for record in records}
+        sizes = {own[r.tenant.name]: r.size for r in records if r.status != "broken"}
+        served = {own[r.tenant.name] for r in records if r.status in ("ok", "ineligible")}
+        before = {"adapters_before": len(served), "bytes_before": sum(sizes.values())}
         return Plan(
             fleet=os.path.abspath(self.fleet.path),
             seed=self.fleet.seed,
