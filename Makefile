@@ -51,6 +51,8 @@ bench: $(VENV)/dev  ## the README's figures, beside the peers
 	$(PY) benchmarks/bake.py
 	$(PY) benchmarks/compensated.py
 	$(PY) benchmarks/bake_quality.py
+	$(PY) benchmarks/fleet.py
+	$(PY) benchmarks/fleet_certified.py
 
 $(VENV)/core: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

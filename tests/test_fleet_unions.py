@@ -297,3 +297,11 @@ def test_an_average_that_is_left_with_one_member_goes(tmp_path):
     # What holds the weights of both could serve the first still, with an error and for no gain.
     assert {rep.holds for rep in plan.representatives.values()} == {(one,), (two,)}
     assert all(item.error == 0.0 for item in plan.served.values())
+
+
+@pytest.mark.parametrize(("apart", "together"), [(0.85, True), (1.2, False)])
+def test_what_is_more_unlike_than_alike_is_not_averaged(tmp_path, apart, together):
+    """0.92 and 1.09 of their norms from each other; a mean would be within 0.6 of both."""
+    names = family(tmp_path / "all", 0, 2, apart)
+    plan = planned(tmp_path / "all", tmp_path, max_error=0.6)
+    assert (tuple(names) in groups(plan)) == together

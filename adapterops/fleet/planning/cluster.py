@@ -269,7 +269,7 @@ def _joined(
     rows = np.array([group.center for group in groups], np.int64)
     reach = np.minimum(2 * bounds[rows], _FARTHEST)
     try:
-        near = edges(vectors.rows(rows), reach, on).permitted(
+        near = edges(vectors.rows(rows), reach, on).within(reach).permitted(
             lambda center, members: each.permissions.allowed(int(rows[center]), rows[members])
         )
     except MemoryLimitError as error:
