@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,11 +23,10 @@ from adapterops.files.scratch import scratch
 from adapterops.fleet.consent.policy import Consent
 from adapterops.fleet.grouping.budget import least_bound, remembered
 from adapterops.fleet.grouping.candidates import edges
-from adapterops.fleet.grouping.cover import greedy_cover
 from adapterops.fleet.grouping.covering import Measured, candidates, covered, measured
-from adapterops.fleet.grouping.graph import Candidates, graph
+from adapterops.fleet.grouping.graph import Candidates
 from adapterops.fleet.grouping.groups import Compare, Grouped, Value
-from adapterops.fleet.grouping.outlook import GRID, pareto
+from adapterops.fleet.grouping.outlook import GRID
 from adapterops.fleet.grouping.partition import partitions
 from adapterops.fleet.grouping.sets import Sets, set_of
 from adapterops.fleet.grouping.unions import neighbours
@@ -34,13 +34,13 @@ from adapterops.fleet.grouping.vectors import Vectors
 from adapterops.fleet.indexing.current import check_still, stale
 from adapterops.fleet.indexing.opened import Fleet, open_fleet
 from adapterops.fleet.planning.drafting import Draft
+from adapterops.fleet.planning.prospect import outlook, relations
 from adapterops.fleet.planning.represented import Represented, Write, joined, represented
 from adapterops.fleet.plans.outcome import ClusterReport, outcome
-from adapterops.fleet.plans.plan import Metric, Plan, Point, Related, figure
+from adapterops.fleet.plans.plan import Metric, Plan, figure
 from adapterops.fleet.plans.plandiff import diff
 from adapterops.fleet.plans.planfile import REPRESENTATIVES, plan_folder, read_plan, write_plan
 from adapterops.fleet.plans.standing import carry
-from adapterops.fleet.relating.related import Part, related
 from adapterops.fleet.replanning.staying import kept_sketches, staying
 from adapterops.fleet.representing.averaging import averages
 from adapterops.fleet.representing.representative import KINDS, choose
@@ -218,6 +218,50 @@ def _planned(
     write = partial(averages, seed=fleet.seed, make=make, value=value, on=on)
     # A budget is met by originals; averages then lower the errors, not the number.
     join = options.max_adapters is None and options.representative != "medoid"
+    # What other bounds would give is found while other processes make averages.
+    beside = ThreadPoolExecutor(1)
+    try:
+        ahead = beside.submit(outlook, everyone, vectors, bound, draft.apart, on)
+        _represent(draft, sets, found, vectors, bound, join, write, value, on, progress)
+        points, gain, note = ahead.result()
+    finally:
+        beside.shutdown(wait=False, cancel_futures=True)
+    if note:
+        draft.note(note)
+    draft.add_stale(changed, strict=strict, allow_pickle=options.allow_pickle)
+    check_still(fleet, draft.bound_to_others - changed.keys())
+    if options.max_adapters is not None and draft.adapters > options.max_adapters:
+        raise BudgetError(
+            f"{draft.adapters} adapters are needed to stay close to {options.previous}",
+            hint=f"give --max-adapters {draft.adapters}, or plan without --previous",
+        )
+    listed, notes = relations(fleet, everyone, draft.served, options.discovery, on)
+    for note in notes:
+        draft.note(note)
+    return draft.plan(
+        max_error=bound,
+        metric=options.metric,
+        options=options.recorded(fleet),
+        discovery=options.discovery,
+        pareto=points,
+        gain=gain,
+        related=listed,
+    )
+
+
+def _represent(
+    draft: Draft,
+    sets: Sequence[Sets],
+    found: Sequence[Grouped],
+    vectors: Measured,
+    bound: float,
+    join: bool,
+    write: Write,
+    value: Value,
+    on: Compute,
+    progress: Progress | None,
+) -> None:
+    """Add every partition's groups to the draft with what serves them; if `join`, fewer of them."""
     done, total = 0, sum(len(each.nodes) for each in sets)
     for each, groups in zip(sets, found, strict=True):
         with scratch(draft.root) as work:
@@ -232,23 +276,6 @@ def _planned(
         done += len(each.nodes)
         if progress:
             progress("adapters", done, total)
-    draft.add_stale(changed, strict=strict, allow_pickle=options.allow_pickle)
-    check_still(fleet, draft.bound_to_others - changed.keys())
-    if options.max_adapters is not None and draft.adapters > options.max_adapters:
-        raise BudgetError(
-            f"{draft.adapters} adapters are needed to stay close to {options.previous}",
-            hint=f"give --max-adapters {draft.adapters}, or plan without --previous",
-        )
-    points, gain = _outlook(draft, everyone, vectors, bound, on)
-    return draft.plan(
-        max_error=bound,
-        metric=options.metric,
-        options=options.recorded(fleet),
-        discovery=options.discovery,
-        pareto=points,
-        gain=gain,
-        related=_related(draft, everyone, options, on),
-    )
 
 
 def _joined(
@@ -269,60 +296,15 @@ def _joined(
     rows = np.array([group.center for group in groups], np.int64)
     reach = np.minimum(2 * bounds[rows], _FARTHEST)
     try:
-        near = edges(vectors.rows(rows), reach, on).within(reach).permitted(
-            lambda center, members: each.permissions.allowed(int(rows[center]), rows[members])
+        near = (
+            edges(vectors.rows(rows), reach, on)
+            .within(reach)
+            .permitted(
+                lambda center, members: each.permissions.allowed(int(rows[center]), rows[members])
+            )
         )
     except MemoryLimitError as error:
         draft.note(f"averages that join groups were not looked for: {error.message}")
         return [Represented(group, None) for group in found.groups], {}
     both, failed = joined(each, groups, neighbours(near), vectors, bounds, write, value, work)
     return sorted([*alone, *both], key=lambda one: one.group.center), failed
-
-
-def _outlook(
-    draft: Draft, sets: Sequence[Sets], vectors: Measured, bound: float, on: Compute
-) -> tuple[tuple[Point, ...], Mapping[str, Any]]:
-    """What other bounds would give if all within each partition might share, and this one."""
-    widest = max(bound, GRID[-1])
-    several = [each for each in sets if len(each.nodes) > 1]
-    single = [each.norms for each in sets if len(each.nodes) == 1]
-    try:
-        graphs = [edges(vectors(each), widest, on, least=GRID[0]) for each in several]
-    except MemoryLimitError as error:
-        draft.note(f"other bounds were not estimated: {error.message}")
-        return (), {}
-    norms = [vectors(each).norms for each in several]
-    if single:  # who can be compared with nobody
-        none = np.zeros(0, np.int64)
-        graphs.append(graph(len(single), none, none, np.zeros(0)))
-        norms.append(np.concatenate(single))
-    groups = sum(len(greedy_cover(each.within(bound))) for each in graphs)
-    gain = {"max_error": bound, "adapters": groups + draft.apart, "estimated": True}
-    return pareto(graphs, norms, alone=draft.apart), gain
-
-
-def _related(
-    draft: Draft, sets: Sequence[Sets], options: Options, on: Compute
-) -> tuple[Related, ...]:
-    fleet = draft.fleet
-    several = [each for each in sets if len(each.nodes) > 1]
-
-    def parts() -> Iterator[Part]:
-        for each in several:
-            records = [node.records[0] for node in each.nodes]
-            names = [record.tenant.name for record in records]
-            yield Part("delta", names, fleet.sketches(records), fleet.starts(records))
-            # What one initialisation makes alike are inputs: outputs start at zero.
-            yield Part("outputs", names, fleet.outputs(records))
-
-    served = {name: item.by for name, item in draft.served.items()}
-    listed, notes = related(parts(), served, on, q=options.discovery, seed=fleet.seed)
-    single = len(sets) == 1  # of several, which of them has too few tenants is of no interest
-    texts = (
-        f"related tenants by {by}: {note}"
-        for by, note in zip(("delta", "outputs") * len(several), notes, strict=True)
-        if note and (single or note.startswith("more than"))
-    )
-    for text in dict.fromkeys(texts):
-        draft.note(text)
-    return listed
