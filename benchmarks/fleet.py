@@ -137,23 +137,26 @@ def many(quick: bool) -> list[Row]:
     with planted(small) as few, planted(big) as lots, output() as place:
         fleet, plan = Path(place) / "fleet", Path(place) / "plan"
         less = indexed(fleet, few)
+        less_kept = kept(fleet)
         source = "--manifest", str(left_out(lots, Path(place) / "tenants.csv"))
         more = indexed(fleet, *source)
         again = adapterops("index", *source, "-o", str(fleet), "--no-progress", "-q")
+        index = kept(fleet)
         count = len(json.loads((data.DATA / f"{big}.truth.json").read_text()))
         rows = [
             Row(
                 "fleet index, many",
                 f"peak memory of adapterops index of {count:,} adapters of 52 kB / of a tenth",
-                target="" if quick else f"{FLAT / MB:.0f} MB more at most",
-                met=None if quick else more.rss - less.rss <= FLAT,
+                target="" if quick else f"{FLAT / MB:.0f} MB more at most, beyond signatures",
+                met=None if quick else more.rss - less.rss <= FLAT + index - less_kept,
                 figures={
                     "peak MB": more.rss / MB,
                     "peak MB, a tenth": less.rss / MB,
                     "s": more.wall,
                     "CPU s": more.cpu,
                     "files/s": count / more.wall,
-                    "index MB": sum(f.stat().st_size for f in fleet.rglob("*") if f.is_file()) / MB,
+                    "index MB": index / MB,
+                    "index MB, a tenth": less_kept / MB,
                     "again, nothing new, s": again.wall,
                 },
             ),
@@ -161,6 +164,11 @@ def many(quick: bool) -> list[Row]:
             assigning(lots, plan, Path(place), quick),
         ]
     return rows
+
+
+def kept(fleet: Path) -> int:
+    """Bytes of an index: signatures and records."""
+    return sum(file.stat().st_size for file in fleet.rglob("*") if file.is_file())
 
 
 def left_out(folder: Path, manifest: Path) -> Path:
