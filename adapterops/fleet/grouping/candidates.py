@@ -49,7 +49,7 @@ from adapterops.stream import Compute, Job, run
 _PAIRS = 1024  # compared one by one at once
 _DENSE = 512  # rows and columns of a block compared by module at once
 _DENSER = 30  # times cheaper is a pair in a block of all pairs than one by itself
-_EDGE = 24  # bytes
+_EDGE = 60  # bytes, while edges are put together and sorted
 
 Found = tuple[Array, Array, Array]  # centres, members, distances
 
