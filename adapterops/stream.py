@@ -74,7 +74,7 @@ def run(jobs: Iterable[Job[T]], on: Compute) -> Generator[T, None, None]:
     """
     pending: deque[tuple[Job[T], Future[T]]] = deque()
     flying = 0
-    with _one_blas_thread(on.device):
+    with one_blas_thread(on.device):
         pool, wait = ThreadPoolExecutor(max(1, on.threads)), True
         try:
             for job in jobs:
@@ -148,8 +148,12 @@ _BLAS = _OneThread()
 
 
 @contextlib.contextmanager
-def _one_blas_thread(device: str) -> Iterator[None]:
-    """A pool of workers with one BLAS thread each beats one worker with many on thin factors."""
+def one_blas_thread(device: str = "cpu") -> Iterator[None]:
+    """A pool of workers with one BLAS thread each beats one worker with many on thin factors.
+
+    threadpoolctl obeys only the thread that asked it first, mostly the main one: who starts runs
+    from other threads enters this before.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_BLAS)
         if device != "cpu":

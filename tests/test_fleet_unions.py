@@ -96,6 +96,28 @@ def test_who_is_over_after_all_leaves_the_groups_as_they_were(tmp_path):
     assert groups(wide) == {("one", "two")}
 
 
+def test_what_is_farther_apart_than_its_own_norm_is_not_averaged(tmp_path):
+    """Whatever the bound: sketches of small modules err by more than tells 1 from 1.1."""
+    rng = np.random.default_rng(11)
+    root = tmp_path / "all"
+    for number in range(60):
+        deltas = {}
+        for stem in SHAPES:
+            B, A = rng.normal(size=(8, 2)), rng.normal(size=(2, 4))
+            deltas[stem] = (B, A)
+        write(root / f"t{number:02}", deltas, 2, "F32")
+    near = {stem: (B + 0.65 * rng.normal(size=B.shape), A) for stem, (B, A) in deltas.items()}
+    write(root / "t59-near", near, 2, "F32")
+    opened = {path.name: read(path) for path in sorted(root.iterdir())}
+    far = [error(opened[a], opened[b]) for a in opened for b in opened if a != b]
+    assert sum(1 < each < 1.15 for each in far) > 20
+    plan = planned(root, tmp_path, max_error=0.6)
+    together = [rep.members for rep in plan.representatives.values() if len(rep.members) > 1]
+    assert ("t59", "t59-near") in together
+    apart = [error(opened[a], opened[b]) for own in together for a in own for b in own if a != b]
+    assert max(apart) <= 1
+
+
 def test_groups_that_have_members_are_joined_too(tmp_path):
     for number in range(2):
         family(tmp_path / "all", number, 1, 0.0)

@@ -17,7 +17,14 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import adapterops as ao
 from adapterops.errors import IncompatibleError, MemoryLimitError
-from adapterops.stream import Compute, Job, available_memory, available_threads, run
+from adapterops.stream import (
+    Compute,
+    Job,
+    available_memory,
+    available_threads,
+    one_blas_thread,
+    run,
+)
 from tests.support import pairs, write_peft
 
 
@@ -261,6 +268,21 @@ def test_blas_gets_one_thread_and_its_own_number_back(end):
             with pytest.raises((KeyError, MemoryLimitError)):
                 list(results)
         assert _blas_threads() == before
+
+
+def test_blas_gets_one_thread_in_runs_of_another_thread():
+    """threadpoolctl takes no orders from a second thread: the first one gives them."""
+    found: list[set[int]] = []
+
+    def other() -> None:
+        with closing(run([Job("count", _blas_threads, (), 1)], Compute())) as results:
+            found.extend(results)
+
+    with threadpool_limits(3, "blas"), one_blas_thread():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert found == [{1}]
 
 
 def test_blas_is_restored_when_two_runs_overlap():

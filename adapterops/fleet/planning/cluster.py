@@ -25,7 +25,7 @@ from adapterops.fleet.grouping.budget import least_bound, remembered
 from adapterops.fleet.grouping.candidates import edges
 from adapterops.fleet.grouping.covering import Measured, candidates, covered, measured
 from adapterops.fleet.grouping.graph import Candidates
-from adapterops.fleet.grouping.groups import Compare, Grouped, Value
+from adapterops.fleet.grouping.groups import Compare, Grouped
 from adapterops.fleet.grouping.outlook import GRID
 from adapterops.fleet.grouping.partition import partitions
 from adapterops.fleet.grouping.sets import Sets, set_of
@@ -35,7 +35,13 @@ from adapterops.fleet.indexing.current import check_still, stale
 from adapterops.fleet.indexing.opened import Fleet, open_fleet
 from adapterops.fleet.planning.drafting import Draft
 from adapterops.fleet.planning.prospect import outlook, relations
-from adapterops.fleet.planning.represented import Represented, Write, joined, represented
+from adapterops.fleet.planning.represented import (
+    FARTHEST,
+    Making,
+    Represented,
+    joined,
+    represented,
+)
 from adapterops.fleet.plans.outcome import ClusterReport, outcome
 from adapterops.fleet.plans.plan import Metric, Plan, figure
 from adapterops.fleet.plans.plandiff import diff
@@ -45,10 +51,9 @@ from adapterops.fleet.replanning.staying import kept_sketches, staying
 from adapterops.fleet.representing.averaging import averages
 from adapterops.fleet.representing.representative import KINDS, choose
 from adapterops.fleet.verifying.exact import compare_groups
-from adapterops.stream import Compute
+from adapterops.stream import Compute, one_blas_thread
 
 _MANY = 1000  # adapters whose headers keep the interpreter busier than their numbers
-_FARTHEST = 1.0  # apart: what is nearly orthogonal has no average worth trying
 
 Progress = Callable[[str, int, int], None]
 
@@ -219,13 +224,15 @@ def _planned(
     # A budget is met by originals; averages then lower the errors, not the number.
     join = options.max_adapters is None and options.representative != "medoid"
     # What other bounds would give is found while other processes make averages.
-    beside = ThreadPoolExecutor(1)
-    try:
-        ahead = beside.submit(outlook, everyone, vectors, bound, draft.apart, on)
-        _represent(draft, sets, found, vectors, bound, join, write, value, on, progress)
-        points, gain, note = ahead.result()
-    finally:
-        beside.shutdown(wait=False, cancel_futures=True)
+    with one_blas_thread():
+        beside = ThreadPoolExecutor(1)
+        try:
+            ahead = beside.submit(outlook, everyone, vectors, bound, draft.apart, on)
+            how = Making(bound, value, compare, write)
+            _represent(draft, sets, found, vectors, join, how, on, progress)
+            points, gain, note = ahead.result()
+        finally:
+            beside.shutdown(wait=False, cancel_futures=True)
     if note:
         draft.note(note)
     draft.add_stale(changed, strict=strict, allow_pickle=options.allow_pickle)
@@ -254,10 +261,8 @@ def _represent(
     sets: Sequence[Sets],
     found: Sequence[Grouped],
     vectors: Measured,
-    bound: float,
     join: bool,
-    write: Write,
-    value: Value,
+    how: Making,
     on: Compute,
     progress: Progress | None,
 ) -> None:
@@ -267,11 +272,9 @@ def _represent(
         with scratch(draft.root) as work:
             served, failed = [Represented(group, None) for group in groups.groups], groups.failed
             if join and len(served) > 1:
-                served, more = _joined(
-                    draft, each, vectors(each), groups, bound, write, value, on, work
-                )
+                served, more = _joined(draft, each, vectors(each), groups, how, on, work)
                 failed = {**failed, **more}
-            best = represented(each, served, each.bounds(bound), write, value, work)
+            best = represented(each, served, how, work)
             draft.add_groups(each, best, failed)
         done += len(each.nodes)
         if progress:
@@ -283,18 +286,16 @@ def _joined(
     each: Sets,
     vectors: Vectors,
     found: Grouped,
-    bound: float,
-    write: Write,
-    value: Value,
+    how: Making,
     on: Compute,
     work: Path,
 ) -> tuple[list[Represented], dict[int, AdapterOpsError]]:
     """The groups of a partition, those joined that one average may serve; whose files failed."""
     alone = [Represented(group, None) for group in found.groups if group.center in found.failed]
     groups = [group for group in found.groups if group.center not in found.failed]
-    bounds = each.bounds(bound)
+    bounds = each.bounds(how.bound)
     rows = np.array([group.center for group in groups], np.int64)
-    reach = np.minimum(2 * bounds[rows], _FARTHEST)
+    reach = np.minimum(2 * bounds[rows], FARTHEST)
     try:
         near = (
             edges(vectors.rows(rows), reach, on)
@@ -306,5 +307,5 @@ def _joined(
     except MemoryLimitError as error:
         draft.note(f"averages that join groups were not looked for: {error.message}")
         return [Represented(group, None) for group in found.groups], {}
-    both, failed = joined(each, groups, neighbours(near), vectors, bounds, write, value, work)
+    both, failed = joined(each, groups, neighbours(near), vectors, how, work)
     return sorted([*alone, *both], key=lambda one: one.group.center), failed

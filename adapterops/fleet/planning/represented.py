@@ -12,18 +12,32 @@ import numpy as np
 
 from adapterops.errors import AdapterOpsError
 from adapterops.fleet.consent.policy import NEAR_EXACT
-from adapterops.fleet.grouping.groups import Group, Value, fits
+from adapterops.fleet.grouping.groups import Compare, Group, Value, fits
 from adapterops.fleet.grouping.sets import Sets
-from adapterops.fleet.grouping.unions import Middle, middle, unions
+from adapterops.fleet.grouping.unions import Middle, Union, middle, unions
 from adapterops.fleet.grouping.vectors import Vectors
 from adapterops.fleet.representing.averaging import Asked, Average
 from adapterops.fleet.types import Array
 from adapterops.fleet.verifying.exact import Error
 
+FARTHEST = 1.0  # apart: what is nearly orthogonal has no average worth trying
 _ROUNDS = 6
 _LESS = 0.9  # of what was promised in vain
 
 Write = Callable[[Sequence[Asked], Path], Generator[Average, None, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """How adapters are made and judged: errors of the `bound` are `value` of what `compare` says.
+
+    `write` makes averages, as files below a folder.
+    """
+
+    bound: float
+    value: Value
+    compare: Compare
+    write: Write
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +49,17 @@ class Represented:
 
 
 def represented(
-    each: Sets, groups: Sequence[Represented], bounds: Array, write: Write, value: Value, work: Path
+    each: Sets, groups: Sequence[Represented], how: Making, work: Path
 ) -> Iterator[Represented]:
     """The groups, in order, each with what serves it best; averages are written below `work`."""
-    wide = [one.average is None and _differ(one.group, value) for one in groups]
+    bounds = each.bounds(how.bound)
+    wide = [one.average is None and _differ(one.group, how.value) for one in groups]
     asked = [
         _asked(each, sorted(one.group.errors), one.group.center, bounds, one.group.errors)
         for one, yes in zip(groups, wide, strict=True)
         if yes
     ]
-    with closing(write(asked, work)) as made:
+    with closing(how.write(asked, work)) as made:
         for one, yes in zip(groups, wide, strict=True):
             yield Represented(one.group, next(made)) if yes else one
 
@@ -54,18 +69,17 @@ def joined(
     groups: Sequence[Group],
     near: Sequence[set[int]],
     vectors: Vectors,
-    bounds: Array,
-    write: Write,
-    value: Value,
+    how: Making,
     work: Path,
 ) -> tuple[list[Represented], dict[int, AdapterOpsError]]:
     """The groups, those made one that a single adapter serves within everyone's bound.
 
-    `near` are for each group the places of others to try it with, `bounds` (N,) the nodes'. What
-    sketches promise is written to `work`, and holds only if every error of the bytes is within its
-    bound; where it is not, less is tried of these groups. Beside them come the nodes whose files
-    could not be read; their groups stay as they are.
+    `near` are for each group the places of others to try it with. What sketches promise is written
+    to `work`, and holds only if every error of the bytes is within its bound; where it is not, less
+    is tried of these groups. Originals farther apart than `FARTHEST` are not put together. Beside
+    the groups come the nodes whose files could not be read; their groups stay as they are.
     """
+    bounds = each.bounds(how.bound)
 
     @cache
     def estimate(rows: tuple[int, ...]) -> Middle | None:
@@ -73,18 +87,22 @@ def joined(
 
     left = {place: sorted(group.errors) for place, group in enumerate(groups)}
     ceilings = [1.0] * len(groups)
+    far: set[tuple[int, int]] = set()
     done: list[Represented] = []
     failed: dict[int, AdapterOpsError] = {}
     for number in range(_ROUNDS):
-        tried = unions(left, near, estimate, ceilings)
+        tried = unions(left, near, estimate, ceilings, far)
+        while more := _far(each, groups, tried, how):
+            far |= more
+            tried = unions(left, near, estimate, ceilings, far)
         if not tried:
             break
         asked = [_asked(each, one.rows, one.middle.center, bounds, {}) for one in tried]
         inside = work / f"joined-{number}"
         inside.mkdir()
-        with closing(write(asked, inside)) as results:
+        with closing(how.write(asked, inside)) as results:
             for one, want, made in zip(tried, asked, results, strict=True):
-                errors = _within(made, want, value)
+                errors = _within(made, want, how.value)
                 broken = _broken(made, one.rows, want)
                 failed |= broken
                 for part in one.parts:
@@ -100,6 +118,28 @@ def joined(
                     done.append(Represented(group, made if made.signature else None))
     done += [Represented(groups[place], None) for place in left]
     return sorted(done, key=lambda one: one.group.center), failed
+
+
+def _far(
+    each: Sets, groups: Sequence[Group], found: Sequence[Union], how: Making
+) -> set[tuple[int, int]]:
+    """Pairs of parts of one union, both ways round, whose originals are too far apart, exactly.
+
+    Whom one adapter serves within half of `FARTHEST` are not. An original that cannot be read is
+    far from all.
+    """
+    if 2 * how.bound <= FARTHEST:
+        return set()
+    files = {p: each.nodes[groups[p].center].record.tenant.location for u in found for p in u.parts}
+    asked = {p: [other for other in u.parts if other != p] for u in found for p in u.parts}
+    compared = how.compare([(files[p], [files[o] for o in others]) for p, others in asked.items()])
+    return {
+        pair
+        for (part, others), results in zip(asked.items(), compared, strict=True)
+        for other, result in zip(others, results, strict=True)
+        if not (isinstance(result, Error) and fits(result, FARTHEST, how.value))
+        for pair in ((part, other), (other, part))
+    }
 
 
 def _within(made: Average, asked: Asked, value: Value) -> list[Error] | None:

@@ -12,7 +12,8 @@ import numpy as np
 
 from adapterops.certificate import Report
 from adapterops.fleet.representing import minimax
-from adapterops.fleet.representing.inputs import columns, commonest_dtype, coordinates
+from adapterops.fleet.representing.coordinates import coordinates
+from adapterops.fleet.representing.inputs import columns, commonest_dtype
 from adapterops.fleet.types import Array, Record
 from adapterops.formats import AdapterFile
 from adapterops.prepare import Options

@@ -1,4 +1,4 @@
-"""Members of a group as inputs of a sum: opened, made nameless, brought into common bases.
+"""Members of a group as inputs of a sum: opened and made nameless.
 
 A representative goes to where others' adapters are served, so nothing in it may tell whose it is.
 What is written of an input is what `nameless` leaves: hashes, and of its config and metadata what a
@@ -9,20 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Generator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from adapterops.casts import FORMATS, format_name
-from adapterops.factors import Factors
 from adapterops.files.remote import located
 from adapterops.fleet.types import Record
 from adapterops.formats import AdapterFile, open_adapter_file
-from adapterops.formats.model import Site
-from adapterops.geometry import in_common_bases
-from adapterops.stream import Compute, Job, run
 
 _HASH = 16  # hexadecimal digits of a content hash that stand for a name
 # What the writers of configs and headers ask an input for; all else of these files is left behind.
@@ -130,33 +124,3 @@ def columns(files: Sequence[AdapterFile]) -> int:
         for stem, site in file.sites.items():
             totals[stem] += site.rank
     return max(totals.values(), default=0)
-
-
-def coordinates(files: Sequence[AdapterFile], on: Compute) -> list[list[Factors]]:
-    """Every module's list of the files' factors, scale folded in, in bases that they share.
-
-    Raises what reading factors raises.
-    """
-    stems = sorted({stem for file in files for stem in file.sites})
-    on = replace(on, device="cpu")
-    with closing(run((_job(stem, files) for stem in stems), on)) as results:
-        return list(results)
-
-
-def _job(stem: str, files: Sequence[AdapterFile]) -> Job[list[Factors]]:
-    sites = tuple(file.sites.get(stem) for file in files)
-    present = [site for site in sites if site]
-    numbers = sum(site.rank * sum(site.shape) for site in present)
-    return Job(stem, _in_coordinates, (sites,), 3 * 8 * numbers)
-
-
-def _in_coordinates(sites: Sequence[Site | None]) -> list[Factors]:
-    pairs = []
-    m, n = next(site.shape for site in sites if site)
-    for site in sites:
-        B, A = site.factors() if site else (np.zeros((m, 0)), np.zeros((0, n)))
-        pairs.append((B, A * site.scale if site else A))
-    widths = [B.shape[1] for B, _ in pairs]
-    B = np.concatenate([b for b, _ in pairs], axis=1)
-    A = np.concatenate([a for _, a in pairs], axis=0)
-    return in_common_bases(B, A, widths)

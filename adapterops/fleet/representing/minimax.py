@@ -41,7 +41,7 @@ _GAP = 1e-3  # of the error; closer is not worth another step
 _LIGHT = 1e-3  # a member of less weight is left out where that costs nothing
 _FREE = 1e-6
 _SHORTER = 0.5
-_ROUNDING = 64.0
+_ROUNDING = 256.0  # in inner products of what `coordinates` gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,8 @@ class Members:
 def members(modules: Sequence[Sequence[Factors]]) -> Members:
     """A group from every module's list of N members' factors in common bases.
 
-    `geometry.in_common_bases` gives such a list; a module that a member lacks has B (k, 0) and
-    A (0, q).
+    `coordinates.in_shared_coordinates` gives such a list; a module that a member lacks has B (k, 0)
+    and A (0, q).
     """
     count = len(modules[0]) if modules else 0
     gathered: dict[tuple[int, ...], list[tuple[Array, Array, Array]]] = defaultdict(list)

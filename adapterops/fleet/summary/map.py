@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
 
 from adapterops.fleet.indexing.opened import Fleet
 from adapterops.fleet.plans.plan import Plan
@@ -125,6 +123,9 @@ def _leaves(centres: Array) -> list[int]:
     """The leaves of an average-linkage tree, ordered so that neighbours are near."""
     if len(centres) < 3:
         return list(range(len(centres)))
+    from scipy.cluster.hierarchy import leaves_list, linkage  # slow to import
+    from scipy.spatial.distance import squareform
+
     away = 1.0 - centres @ centres.T
     np.fill_diagonal(away, 0.0)
     distances = np.maximum(squareform(away, checks=False), 0.0)
