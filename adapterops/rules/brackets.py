@@ -1,0 +1,110 @@
+"""Exact order statistics in one pass over blocks, where a sample says about where they lie.
+
+The limit of a sample, give or take what the limits of its parts say of its error, is a bracket. One
+pass counts what lies above the bracket and keeps what lies inside, of which the limit is a known
+one. Where it is outside after all, or the bracket is wide, nothing is found, and the radix
+selection of `limits.py` has to do it: the numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from adapterops.arrays import Array, host
+
+Matrix = np.ndarray[Any, Any]
+Blocks = Callable[[], Iterator[Array]]
+
+NEAR = 2.0**-20  # rounding in the products that make the entries may move what is so near a limit
+_WIDER = 2.0**-10  # relative; what is within NEAR of a limit has to lie inside too
+_SHARE = 32  # no more than one entry of so many is kept
+
+
+def peak(count: int, total: int, bits: int) -> int:
+    """Bytes that `bracketed` needs at most, of a limit for each of so many matrices."""
+    return count * (total // _SHARE) * (bits // 8) * 2
+
+
+def bracketed(
+    blocks: Blocks, sample: Blocks, total: int, ranks: Sequence[int]
+) -> tuple[Matrix, Matrix] | None:
+    """Limits (S, K) of the ranks, each within 1 … total − 1, and how many entries are near each.
+
+    `sample()` gives groups of entries, (S, rows, columns) like blocks, together like the whole.
+    None where that did not help, or where an entry is not finite.
+    """
+    low, high = _between(sample, total, ranks)
+    found = [
+        [_Inside(*ends) for ends in zip(*each, strict=True)] for each in zip(low, high, strict=True)
+    ]
+    room = len(low) * len(ranks) * (total // _SHARE)
+    for block in blocks():
+        sizes = np.empty(block.shape[1:], block.dtype)
+        inside, above = np.empty(sizes.shape, bool), np.empty(sizes.shape, bool)
+        for matrix, each in zip(host(block), found, strict=True):
+            np.abs(matrix, out=sizes)
+            if not sizes.max(initial=0) < np.inf:
+                return None
+            for one in each:
+                room -= one.take(sizes, inside, above)
+        if room < 0:
+            return None
+    chosen = [[one.limit(k) for one, k in zip(each, ranks, strict=True)] for each in found]
+    if any(one is None for each in chosen for one in each):
+        return None
+    both = np.array(chosen, np.float64)
+    return both[..., 0], both[..., 1].astype(np.int64)
+
+
+def _between(sample: Blocks, total: int, ranks: Sequence[int]) -> tuple[Matrix, Matrix]:
+    """The ends (S, K) of the brackets: one standard error of the mean over independent groups.
+
+    Groups that together meet all rows and columns err by far less than independent ones.
+    """
+    groups = [np.abs(host(group)).reshape(len(group), -1) for group in sample()]
+    shares = [k / total for k in ranks]
+    each = np.array([_at(group, shares) for group in groups], np.float64)
+    error = each.std(axis=0) / np.sqrt(len(each))
+    whole = np.concatenate(groups, axis=1)
+    middle = _at(whole, shares).astype(np.float64)
+    low, high = (middle - error) * (1 - _WIDER), (middle + error) * (1 + _WIDER)
+    return low.astype(whole.dtype), high.astype(whole.dtype)
+
+
+def _at(sizes: Matrix, shares: Sequence[float]) -> Matrix:
+    """What these shares of the entries (S, n) lie above, (S, K)."""
+    count = sizes.shape[1]
+    places = [min(count - 1, max(0, count - round(share * count))) for share in shares]
+    return np.asarray(np.partition(sizes, places, axis=1)[:, places])
+
+
+class _Inside:
+    """The entries of one matrix from `low` to below `high`, and how many are no smaller."""
+
+    def __init__(self, low: Any, high: Any) -> None:
+        self._low, self._high = low, high
+        self._above = 0
+        self._kept: list[Matrix] = []
+
+    def take(self, sizes: Matrix, inside: Matrix, above: Matrix) -> int:
+        """Look at some entries, with scratch of their shape; how many of them were kept."""
+        np.greater_equal(sizes, self._high, out=above)
+        np.greater_equal(sizes, self._low, out=inside)
+        inside ^= above
+        self._above += int(np.count_nonzero(above))
+        self._kept.append(sizes.reshape(-1)[np.flatnonzero(inside)])
+        return len(self._kept[-1])
+
+    def limit(self, k: int) -> tuple[float, int] | None:
+        """The k-th largest of all, and how many are within NEAR of it; None if not inside."""
+        kept = np.concatenate(self._kept)
+        place = len(kept) - (k - self._above)
+        if not 0 <= place < len(kept):
+            return None
+        value = float(np.partition(kept, place)[place])
+        if value * (1 - NEAR) < self._low or value * (1 + NEAR) >= self._high:
+            return None
+        return value, int((np.abs(kept.astype(np.float64) - value) <= NEAR * value).sum())
