@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from adapterops.adapter import Adapter, open_adapter
+    from adapterops.analysis.report import AnalysisReport
     from adapterops.baking.report import BakeReport
     from adapterops.certificate import ModuleReport, PlanReport, Report
     from adapterops.checking.findings import Finding
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from adapterops.inspection.report import Inspection
     from adapterops.judging.report import DriftReport
     from adapterops.undoing.restoring import UnbakeReport
+    from adapterops.verbs.analyze import analyze
     from adapterops.verbs.assign import assign
     from adapterops.verbs.bake import bake
+    from adapterops.verbs.calc import calc
     from adapterops.verbs.check import check
     from adapterops.verbs.cluster import cluster
     from adapterops.verbs.compress import compress
@@ -41,12 +44,15 @@ if TYPE_CHECKING:
     from adapterops.verbs.index import index
     from adapterops.verbs.inspect import inspect
     from adapterops.verbs.merge import merge
+    from adapterops.verbs.methods import MethodInfo, methods
     from adapterops.verbs.report import report
+    from adapterops.verbs.run import run
     from adapterops.verbs.unbake import unbake
 
 _PUBLIC = {
     "Adapter": "adapterops.adapter",
     "AdapterOpsError": "adapterops.errors",
+    "AnalysisReport": "adapterops.analysis.report",
     "AssignReport": "adapterops.fleet.replanning.assigning",
     "BakeReport": "adapterops.baking.report",
     "CheckReport": "adapterops.checking.report",
@@ -59,14 +65,18 @@ _PUBLIC = {
     "FleetReport": "adapterops.fleet.summary.served",
     "IndexReport": "adapterops.fleet.indexing.report",
     "Inspection": "adapterops.inspection.report",
+    "MethodInfo": "adapterops.verbs.methods",
     "ModuleReport": "adapterops.certificate",
     "PlanReport": "adapterops.certificate",
     "Report": "adapterops.certificate",
     "UnbakeReport": "adapterops.undoing.restoring",
+    "analyze": "adapterops.verbs.analyze",
     "assign": "adapterops.verbs.assign",
     "bake": "adapterops.verbs.bake",
+    "calc": "adapterops.verbs.calc",
     "check": "adapterops.verbs.check",
     "cluster": "adapterops.verbs.cluster",
+    "combine": "adapterops.combining",
     "compress": "adapterops.verbs.compress",
     "convert": "adapterops.verbs.convert",
     "deploy": "adapterops.verbs.deploy",
@@ -76,14 +86,17 @@ _PUBLIC = {
     "index": "adapterops.verbs.index",
     "inspect": "adapterops.verbs.inspect",
     "merge": "adapterops.verbs.merge",
+    "methods": "adapterops.verbs.methods",
     "open_adapter": "adapterops.adapter",
     "report": "adapterops.verbs.report",
+    "run": "adapterops.verbs.run",
     "unbake": "adapterops.verbs.unbake",
 }
 
 __all__ = [
     "Adapter",
     "AdapterOpsError",
+    "AnalysisReport",
     "AssignReport",
     "BakeReport",
     "CheckReport",
@@ -96,15 +109,19 @@ __all__ = [
     "FleetReport",
     "IndexReport",
     "Inspection",
+    "MethodInfo",
     "ModuleReport",
     "PlanReport",
     "Report",
     "UnbakeReport",
     "__version__",
+    "analyze",
     "assign",
     "bake",
+    "calc",
     "check",
     "cluster",
+    "combine",
     "compress",
     "convert",
     "deploy",
@@ -114,8 +131,10 @@ __all__ = [
     "index",
     "inspect",
     "merge",
+    "methods",
     "open_adapter",
     "report",
+    "run",
     "unbake",
 ]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -15,6 +16,7 @@ from adapterops.formats import AdapterFile, Ref, open_adapter_file
 from adapterops.formats.kinds import split
 from adapterops.save import save_sum
 
+_BLOCK_ROWS = 64
 _OPTIONS = frozenset(
     {
         "rank",
@@ -118,6 +120,31 @@ class Adapter(Mapping[str, Factors]):
     def __sub__(self, other: Adapter) -> Adapter:
         return self + -other
 
+    def norm(self) -> float:
+        """‖ΔW‖_F over all modules; factors are read, and added up exactly."""
+        return math.hypot(*(self._norm(module) for module in self))
+
+    def _norm(self, module: str) -> float:
+        """‖ΔW‖_F of a module; by rows where a term has no thin factors."""
+        sites = [(w, file, file.sites.get(module)) for w, file in self.terms if w]
+        if not any(site and site.kind == "elementwise" for _, _, site in sites):
+            return self[module].norm()
+        parts: list[tuple[float, Any]] = []
+        for weight, file, site in sites:
+            if site and site.made and site.kind == "elementwise":
+                parts.append((weight * site.factor * site.scale, site.made.operator()))
+            elif (factors := _factors(file, module, weight)) is not None:
+                parts.append((1.0, factors))
+        m, n = parts[0][1].shape
+        if any(part.shape != (m, n) for _, part in parts):
+            shapes = " and ".join(str(part.shape) for _, part in parts)
+            raise IncompatibleError(f"shapes differ: {shapes}", module=module)
+        squares = []
+        for start in range(0, m, _BLOCK_ROWS):
+            rows = sum(c * part.rows(start, min(start + _BLOCK_ROWS, m)) for c, part in parts)
+            squares.append(float((rows * rows).sum()))
+        return math.sqrt(math.fsum(squares))
+
     def __repr__(self) -> str:
         shown = " + ".join(f"{weight:g}*{file.path!r}" for weight, file in self.terms)
         return f"<Adapter {shown}, {len(self)} modules>"
@@ -146,7 +173,7 @@ def _factors(file: AdapterFile, module: str, weight: float) -> Factors | None:
     site = file.sites.get(module)
     if site is not None:
         B, A = site.factors()
-        return Factors(B, A * (weight * site.scale))
+        return Factors(B, A * (weight * site.factor * site.scale))
     ref = _full(file).get(module)
     if ref is None:
         return None
@@ -155,11 +182,18 @@ def _factors(file: AdapterFile, module: str, weight: float) -> Factors | None:
 
 
 def open_adapter(
-    path: str | os.PathLike[str], *, alpha: float | None = None, allow_pickle: bool = False
+    path: str | os.PathLike[str],
+    *,
+    alpha: float | None = None,
+    label: str = "",
+    allow_pickle: bool = False,
 ) -> Adapter:
     """The adapter at `path`, a file or a directory, with weight 1. Only headers are read.
 
-    `alpha` is for an adapter that does not say its own. Raises FileError, FormatError,
-    IncompatibleError (no scale) and UnsupportedError (a kind that is no plain LoRA).
+    `alpha` is for an adapter that does not say its own. `label` is what it is called in reports,
+    and keys its random bits in methods that draw at random; the name of its path if left out.
+    Raises FileError, FormatError, IncompatibleError (no scale) and UnsupportedError (a kind that is
+    no plain LoRA).
     """
-    return Adapter(((1.0, open_adapter_file(path, alpha=alpha, allow_pickle=allow_pickle)),))
+    file = open_adapter_file(path, alpha=alpha, allow_pickle=allow_pickle)
+    return Adapter(((1.0, replace(file, label=label) if label else file),))

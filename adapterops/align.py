@@ -49,8 +49,9 @@ def align(
     for index, (file, weight) in enumerate(zip(inputs, weights, strict=True)):
         for stem, site in file.sites.items() if weight else ():
             where = f"its scale {site.scale:g} ({site.scale_from}), weighted by {weight:g},"
-            check_coefficient(weight * site.scale, where, file, stem)
-            gathered[stem].append(Part(index, weight * site.scale, site))
+            coefficient = weight * site.factor * site.scale
+            check_coefficient(coefficient, where, file, stem)
+            gathered[stem].append(Part(index, coefficient, site))
         for name, ref in file.deltas.items() if weight else ():
             check_coefficient(weight, f"the weight {weight:g}", file, name)
             dense[changed[index][name]].append(DensePart(index, weight, ref))
@@ -180,7 +181,7 @@ def _check_overlap(inputs: Sequence[AdapterFile], deltas: Sequence[Mapping[str, 
     """Every input must share a module with some other one."""
     owners: dict[str, int] = defaultdict(int)
     changed = [
-        {*file.sites, *map(_changed, names.values())}
+        {*file.sites, *file.left_out, *map(_changed, names.values())}
         for file, names in zip(inputs, deltas, strict=True)
     ]
     for stems in changed:

@@ -6,6 +6,7 @@ from adapterops.certificate import Report
 
 _TITLES = {
     "merge": ("Merged LoRA adapter", "A weighted sum of adapters, ΔW = Σ wᵢ·ΔWᵢ"),
+    "calc": ("Calculated LoRA adapter", "An expression of adapters"),
     "compress": ("Compressed LoRA adapter", "An adapter at another rank or in another form"),
     "convert": (
         "Converted LoRA adapter",

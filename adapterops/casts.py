@@ -70,6 +70,12 @@ _TABLES = {"F8_E4M3": _float8_table(4, 3, 7), "F8_E5M2": _float8_table(5, 2, 15)
 
 
 READABLE = (*FORMATS, *_TABLES)
+_EIGHT_BITS = {"F8_E4M3": 3, "F8_E5M2": 2}  # of mantissa
+
+
+def mantissa(dtype: str) -> int:
+    """Bits of mantissa that a readable type stores: rounding to it errs by 2⁻⁽ᵇⁱᵗˢ⁺¹⁾ at most."""
+    return FORMATS[dtype].mantissa if dtype in FORMATS else _EIGHT_BITS[dtype]
 
 
 def number(raw: np.ndarray[Any, Any], dtype: str) -> float:

@@ -15,14 +15,35 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class MethodFigures:
+    """What a merge method did in one module.
+
+    Spectral methods left out what is at or below the singular value `cut` and kept `rank`
+    directions; `gap` is σ_{k+1}/σ_k there, near 1 where the choice is arbitrary, 0 where nothing
+    had to go. `fit` is the share of the adapters' energy in common subspaces, and a bound of what
+    any could hold. Of elementwise methods `near` counts entries within 2⁻²⁰ of a limit, which
+    rounding may have put on either side. `notes` are warnings.
+    """
+
+    name: str
+    cut: float | None = None
+    rank: int | None = None
+    gap: float | None = None
+    fit: tuple[float, float] | None = None
+    near: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleReport:
     """One module of the result.
 
-    `norm` is ‖ΔW‖_F of the exact weighted sum; at or below `floor`, the rounding noise of what went
+    `norm` is ‖ΔW‖_F of the exact result; at or below `floor`, the rounding noise of what went
     in, it means nothing. `truncation`, `storage` and `error` are relative to it: the part cut off,
     the part lost to the file's number format, and both together (not their sum). `retention` of an
     input D is ⟨written, D⟩/‖D‖²; `shares` are |w|‖D‖ over their sum. `route` says how the factors
     were made: copy, stack (all columns kept), gram, qr, range, or zero; dense for a full delta.
+    `methods` are the merge methods that made parts of it.
     """
 
     shape: tuple[int, int]
@@ -41,6 +62,7 @@ class ModuleReport:
     metric_error: float | None = None
     noise: float | None = None
     changed: float | None = None
+    methods: tuple[MethodFigures, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +100,8 @@ class Report:
     ‖written − exact‖_F / ‖exact‖_F; a relative figure below `floor` / `norm` is rounding noise.
     `metric_error` is the same in `metric`. `gap` is by how much, at most, another allocation could
     be better (0: none is): in error for a budget, in parameters for a bound on the error. `dropped`
-    are modules at rank 0. `spectra` are singular values in the metric by module, where they were
+    are modules at rank 0. With another `method` than linear the exact result is what that makes of
+    the inputs. `spectra` are singular values in the metric by module, where they were
     asked for.
     """
 
@@ -108,6 +131,7 @@ class Report:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     verb: str = "merge"
+    method: str = "linear"
 
     @property
     def schema(self) -> str:
@@ -174,6 +198,7 @@ class Figures:
     metric: tuple[float, float] | None = None
     noise: float = 0.0
     changed: int | None = None
+    methods: tuple[MethodFigures, ...] = ()
 
     def times(self, scale: float) -> Figures:
         """The figures of scale·ΔW."""

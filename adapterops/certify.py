@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from adapterops.plan import Plan
 from adapterops.provenance import Provenance
 
 _STORAGE_NOTE = 1e-3
+_NEAR = 1e-6  # share of the entries so near a limit from which on a user is told
+_FULL = 0.1  # error of a result of full rank from which on a user is told
 
 
 def certify(
@@ -29,9 +32,12 @@ def certify(
     in_metric: list[tuple[float, float]] = []
     for module, figures in zip(plan.modules, measured, strict=True):
         widths = [0] * count
-        for part in module.parts:
-            widths[part.input] = part.site.rank
-        owners = [part.input for part in module.parts]
+        for index, site in module.origins:
+            widths[index] = site.rank
+        owners = [index for index, _ in module.origins]
+        if module.leaves:  # their figures are those of Dᵢ, of parts those of wᵢDᵢ
+            shares = [plan.weights[index] * site.factor for index, site in module.origins]
+            figures = _weighted(figures, shares)
         whole, lost = figures.in_metric(module.weight)
         in_metric.append((whole, lost))
         made = _module(
@@ -43,6 +49,7 @@ def certify(
             metric_error=ratio(lost, whole),
             noise=figures.noise or None,
             changed=None if changed is None else changed / math.prod(module.shape),
+            methods=figures.methods,
         )
     for delta, figures in zip(plan.deltas, dense, strict=True):
         owners = [p.input for p in delta.parts] + [p.input for p in delta.factors]
@@ -122,6 +129,17 @@ def _module(
     )
 
 
+def _weighted(figures: Figures, weights: Sequence[float]) -> Figures:
+    """The figures with the inputs' multiplied by their weights."""
+    sizes = zip(weights, figures.input_norms, strict=True)
+    products = zip(weights, figures.inner, strict=True)
+    return replace(
+        figures,
+        input_norms=tuple(abs(weight) * size for weight, size in sizes),
+        inner=tuple(weight * product for weight, product in products),
+    )
+
+
 def _quotient(inner: float, squared: float) -> float | None:
     return inner / squared if squared > 0 else None
 
@@ -163,6 +181,45 @@ def _public(base: str | None) -> str | None:
     return base
 
 
+def warnings(plan: Plan, report: Report) -> list[str]:
+    """What methods say of their cuts, and where little of their result is left."""
+    return [*_of_methods(report), *_of_what_is_left(plan, report)]
+
+
+def _of_methods(report: Report) -> list[str]:
+    """Each method's warnings, once, with the modules that they are about."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for stem, module in report.modules.items():
+        for method in module.methods:
+            for note in method.notes:
+                found[method.name, note].append(stem)
+    return [
+        f"{name}: {note}: module {stems[0]}"
+        + (f" and {len(stems) - 1} more" if len(stems) > 1 else "")
+        for (name, note), stems in found.items()
+    ]
+
+
+def _of_what_is_left(plan: Plan, report: Report) -> list[str]:
+    """A warning where a result of any rank was cut to a few, or where it is zero."""
+    made = {
+        part.site.scale_from
+        for module in plan.modules
+        for part in module.parts
+        if part.site.kind == "elementwise"
+    }
+    if report.norm == 0.0 and any(one.norm for one in report.inputs):
+        return ["the result is zero, though the adapters are not: see adapterops methods NAME"]
+    if not made or report.error <= _FULL:
+        return []
+    kept = max(0.0, 1 - report.error**2)
+    return [
+        f"{' and '.join(sorted(made))} of dense changes is of full rank: rank {report.rank} keeps "
+        f"{kept:.0%} of its energy (error {report.error:.2g}); adapterops bake BASE … --method "
+        f"{min(made)} writes all of it, --space core or knots stays in few directions"
+    ]
+
+
 def notes(plan: Plan, report: Report, copy: bool) -> list[str]:
     """What a user should know that is no figure and no warning."""
     result = []
@@ -181,13 +238,20 @@ def notes(plan: Plan, report: Report, copy: bool) -> list[str]:
         if blind:
             more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
             result.append(f"{blind[0]}{more}: the activations make nothing of it, nor of its error")
-    kinds = {part.site.kind for module in plan.modules for part in module.parts} - {"lora"}
+    kinds = {part.site.kind for module in plan.modules for part in module.parts}
+    kinds -= {"lora", "derived", "elementwise"}
     if kinds and len(plan.live) == 1 and report.parameters > report.parameters_before:
         result.append(
             f"as {' and '.join(sorted(kinds))} it took {report.parameters_before:,} numbers, "
             f"as LoRA of this rank it takes {report.parameters:,}"
         )
-    if report.norm == 0.0:
+    near = sum(each.near or 0 for item in report.modules.values() for each in item.methods)
+    if near > _NEAR * plan.dense:
+        result.append(
+            f"{near:,} entries lie within 2⁻²⁰ of a limit of the method: rounding decides on "
+            "which side"
+        )
+    if report.norm == 0.0 and not any(one.norm for one in report.inputs):
         result.append("all inputs are zero: so is the result")
     if plan.left_out:
         result.append(f"--modules leaves out {plan.left_out} modules")

@@ -52,6 +52,18 @@ def _alphas(
     return default, single
 
 
+def flat(
+    adapters: Sequence[Adapter], weights: Sequence[float]
+) -> tuple[list[AdapterFile], list[float]]:
+    """The files of some weighted adapters' terms, and their weights."""
+    pairs = [
+        (weight * inner, file)
+        for adapter, weight in zip(adapters, weights, strict=True)
+        for inner, file in adapter.terms
+    ]
+    return [file for _, file in pairs], [weight for weight, _ in pairs]
+
+
 def open_one(
     adapter: Input, *, alpha: float | Mapping[Any, float] | None = None, allow_pickle: bool = False
 ) -> Adapter:

@@ -19,6 +19,7 @@ from adapterops.certificate import Figures
 from adapterops.errors import NumericsError
 from adapterops.formats.model import Read, Ref
 from adapterops.linalg import Core, Form, Spectrum, Truncation
+from adapterops.origins import with_origins
 from adapterops.plan import Module
 from adapterops.rangefinder import Sum
 from adapterops.storing import Piece, Stored, stored_bias
@@ -29,16 +30,18 @@ def peak(modules: Sequence[Module], cap: int | None = None) -> int:
     module = modules[0]
     columns, perimeter = module.columns, sum(module.shape)
     rank = module.kept if cap is None else 0
+    made = sum(part.site.made.peak for part in module.parts if part.site.made)
     if _is_streamed(module, None if cap is not None else rank):
         dense = (
             0 if rangefinder.is_dense(module) or cap is None else 8 * 3 * math.prod(module.shape)
         )
-        return rangefinder.peak(module, cap or rank) + dense
-    shared = sum(part.site.parts["B"].nbytes for part in module.parts) if module.expert else 0
+        return rangefinder.peak(module, cap or rank) + dense + made
+    files = [site.parts for _, site in module.origins]
+    shared = sum(parts["B"].nbytes for parts in files if "B" in parts) if module.expert else 0
     if any("base" in part.site.parts for part in module.parts):  # its weight is decomposed whole
         shared += 8 * 4 * math.prod(module.shape)
     work = 8 * (perimeter * (3 * columns + 6 * rank) + 8 * columns * columns)
-    return len(modules) * work + shared
+    return len(modules) * work + shared + made
 
 
 def _is_streamed(module: Module, rank: int | None) -> bool:
@@ -98,7 +101,7 @@ def factors(modules: Sequence[Module], dtype: str, form: Form, device: str) -> l
             raise
         return [piece for module in modules for piece in factors([module], dtype, form, "cpu")]
     return [
-        replace(piece, figures=piece.figures.times(module.scale))
+        with_origins(module, replace(piece, figures=piece.figures.times(module.scale)), dtype)
         for piece, module in zip(found, modules, strict=True)
     ]
 

@@ -6,6 +6,7 @@ an embedding, is its own transpose, and a block of its rows is a block of column
 
 - difference: ΔW = tuned − base, two checkpoints' tensors of one name.
 - dora, residual: an adapter's change relative to its base's weights (`rebased.dora`).
+- elementwise: what a merge method makes of several adapters' entries (`derived`).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Difference:
         self.transposed = self._tuned.transposed
         self.shape = site.shape[::-1] if self.transposed else site.shape
         pair = (self._tuned, self._base)
-        self._coarser = min(pair, key=lambda ref: _precision(ref.dtype))
+        self._coarser = min(pair, key=lambda ref: casts.mantissa(ref.dtype))
 
     def rows(self, start: int, stop: int) -> Block:
         """Rows of tuned − base in float64."""
@@ -81,7 +82,7 @@ class Difference:
         """Σ ulp²/12: what rounding the coarser of the two tensors does to it."""
         ref = self._coarser
         powers = _powers(_raw(ref, start, stop), ref.dtype)
-        relative = 2.0 ** -_precision(ref.dtype)
+        relative = 2.0 ** -casts.mantissa(ref.dtype)
         with np.errstate(over="ignore"):
             squares = float(np.dot(powers, powers))
         if not math.isfinite(squares):  # numbers whose squares are beyond float32
@@ -99,7 +100,14 @@ class Difference:
             check_finite(ref, self.shape[0], self._site.stem)
 
 
+def _made(site: Site) -> Operator:
+    found: Operator | None = site.made.operator() if site.made else None
+    assert found is not None
+    return found
+
+
 KINDS: Mapping[str, Callable[[Site], Operator]] = {
+    "elementwise": _made,
     "difference": Difference,
     "dora": Dora,
     "residual": Residual,
@@ -164,12 +172,6 @@ def _single(ref: Ref, start: int, stop: int) -> Block:
         wide |= signs << 16
     result: Block = values.reshape(stop - start, -1)
     return result
-
-
-def _precision(dtype: str) -> int:
-    """Bits of mantissa that are stored."""
-    eight = {"F8_E4M3": 3, "F8_E5M2": 2}
-    return casts.FORMATS[dtype].mantissa if dtype in casts.FORMATS else eight[dtype]
 
 
 def _powers(raw: Block, dtype: str) -> Block:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from adapterops.formats import peft
-from adapterops.formats.model import AdapterFile, Layer, Ref, Site
+from adapterops.formats.model import AdapterFile, Layer, Ref, Site, leaves
 from adapterops.metric import Inputs
 from adapterops.scaling import Scaling, stored
 
@@ -28,7 +28,8 @@ class Module:
     """A module of the result and the factor pairs that make it up; none make a module of zeros.
 
     `kept` is the rank it is written at, `scale` what its loader multiplies B·A by. Its error is
-    measured as `weight`·‖·‖_F, or by what its `inputs` make of it.
+    measured as `weight`·‖·‖_F, or by what its `inputs` make of it. Where a method makes some part
+    of it, `leaves` are the adapters' modules that all of it is made from, by the input's index.
     """
 
     stem: str
@@ -41,6 +42,7 @@ class Module:
     scale: float = 1.0
     weight: float = 1.0
     inputs: Inputs | None = None
+    leaves: tuple[tuple[int, Site], ...] = ()
 
     @property
     def expert(self) -> tuple[int, int] | None:
@@ -68,6 +70,11 @@ class Module:
             return self.tensors
         site = self.parts[0].site if self.parts else None
         return site.owner if site and len(site.owned) > 1 else peft.target_path(self.tensors)
+
+    @property
+    def origins(self) -> tuple[tuple[int, Site], ...]:
+        """The adapters' modules that it is made from, by the input's index."""
+        return self.leaves or tuple((part.input, part.site) for part in self.parts)
 
     @property
     def columns(self) -> int:
@@ -135,6 +142,31 @@ class Plan:
     scaling: Scaling = "folded"
     listed_targets: bool = False
 
+    def expanded(self) -> Plan:
+        """The plan with adapters on disk as its inputs, where methods make some of them."""
+        files, weights = leaves(self.inputs, self.weights)
+        if files == list(self.inputs):
+            return self
+        places = {id(file): index for index, file in enumerate(files)}
+        firsts = [leaves([file], [1.0])[0][0] for file in self.inputs]
+        own = [places[id(first)] for first in firsts]
+        modules = tuple(_expanded(module, self.inputs, own, places) for module in self.modules)
+        deltas = (
+            replace(
+                delta,
+                parts=tuple(replace(part, input=own[part.input]) for part in delta.parts),
+                factors=tuple(replace(part, input=own[part.input]) for part in delta.factors),
+            )
+            for delta in self.deltas
+        )
+        return replace(
+            self,
+            inputs=tuple(files),
+            weights=tuple(weights),
+            modules=modules,
+            deltas=tuple(deltas),
+        )
+
     def measured_by(self, weighting: Weighting) -> Plan:
         """The plan with its error measured so; full deltas count in Frobenius norms only."""
         modules = (
@@ -183,9 +215,9 @@ class Plan:
         """Numbers in the inputs' factors of some modules as they are stored."""
         seen = {}
         for module in (self.modules[i] for i in members):
-            for part in module.parts:
-                file = self.inputs[part.input]
-                for role, ref in part.site.parts.items():
+            for index, site in module.origins:
+                file = self.inputs[index]
+                for role, ref in site.parts.items():
                     if role != "alpha" and ref.name in file.tensors:
                         shape = file.tensors[ref.name].shape  # of all experts together
                         seen[id(file), ref.name] = math.prod(shape)
@@ -199,7 +231,7 @@ class Plan:
     @property
     def input_rank(self) -> int:
         """The largest rank among the inputs, of a dense change that of the factors in it."""
-        sites = (part.site for module in self.modules for part in module.parts)
+        sites = (site for module in self.modules for _, site in module.origins)
         return max(((site.inner or site).rank for site in sites), default=0)
 
     @property
@@ -224,3 +256,20 @@ class Plan:
     def dense(self) -> int:
         """Numbers in the dense deltas."""
         return sum(math.prod(module.shape) for module in self.modules)
+
+
+def _expanded(
+    module: Module, inputs: Sequence[AdapterFile], own: Sequence[int], places: Mapping[int, int]
+) -> Module:
+    """A module whose parts have the numbers `own` of their inputs' first adapters on disk."""
+    origins: dict[int, tuple[int, Site]] = {}
+    for part in module.parts:
+        found = [(inputs[part.input], part.site)]
+        for file, site in part.site.made.leaves() if part.site.made else found:
+            origins.setdefault(id(site), (places[id(file)], site))
+    made = any(part.site.made for part in module.parts)
+    return replace(
+        module,
+        parts=tuple(replace(part, input=own[part.input]) for part in module.parts),
+        leaves=tuple(origins.values()) if made else (),
+    )

@@ -22,7 +22,14 @@ from adapterops.formats.names import DIRECTORIES
 from adapterops.layout import Layout
 from adapterops.linalg import Form
 from adapterops.plan import Module, Plan, Weighting
-from adapterops.provenance import Origin, Provenance, file_sha256, given_alphas, labels
+from adapterops.provenance import (
+    Origin,
+    Provenance,
+    distinct,
+    file_sha256,
+    given_alphas,
+    label_of,
+)
 from adapterops.rangefinder import LARGE, is_dense
 from adapterops.ranks import Ranks
 from adapterops.scaling import Scaling, check_scaling
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
 FROBENIUS = Weighting()
 NAMES = {  # of a file in the folder that was given for it
     "merge": "merged",
+    "calc": "calculated",
     "compress": "compressed",
     "convert": "converted",
     "extract": "extracted",
@@ -78,7 +86,7 @@ def planned_for(
     to = options.to or ("peft" if options.engine else None)
     if options.engine and to != "peft":
         raise UsageError(f"--engine {options.engine} reads PEFT's dialect; leave --to {to} away")
-    plan = align(inputs, weights, modules=options.modules, dtype=options.dtype, to=to)
+    plan = align(inputs, weights, modules=options.modules, dtype=options.dtype, to=to).expanded()
     check_scaling(options.scaling, plan.dialect)
     if options.form not in get_args(Form):
         raise UsageError(f"--form {options.form!r}: expected one of {', '.join(get_args(Form))}")
@@ -138,11 +146,11 @@ def check_engine(
 
 def is_copy(plan: Plan, options: Options) -> bool:
     """One adapter with coefficient 1, nothing cut, no other format: its bytes are the result."""
-    keeps_kinds = options.verb == "merge" and plan.dialect not in DIRECTORIES
+    keeps_kinds = options.verb in ("merge", "calc") and plan.dialect not in DIRECTORIES
     return (
         options.ranks in (Ranks(), Ranks(as_stored=True))
         and (options.form, options.engine) == ("balanced", None)
-        and options.scaling == ("folded" if options.verb == "merge" else "keep")
+        and options.scaling == ("folded" if options.verb in ("merge", "calc") else "keep")
         and options.dtype == "keep"
         and plan.dialect == plan.inputs[0].dialect
         and all(
@@ -150,6 +158,7 @@ def is_copy(plan: Plan, options: Options) -> bool:
             and module.parts[0].coefficient == module.parts[0].site.scale
             and (module.parts[0].site.kind == "lora" or keeps_kinds)
             and "base" not in module.parts[0].site.parts
+            and not module.leaves
             for module in plan.modules
         )
         and not any(delta.factors for delta in plan.deltas)
@@ -207,7 +216,7 @@ def origins_of(
     inputs: Sequence[AdapterFile], weights: Sequence[float], on: Compute
 ) -> tuple[Origin, ...]:
     """The inputs by name and hash, with their weights."""
-    names = labels([file.path for file in inputs])
+    names = distinct([label_of(file) for file in inputs])
     hashed = iter(passes.sha256s([f.weights_file for f in inputs if not f.identity], on))
     hashes = [file.identity or next(hashed) for file in inputs]
     return tuple(

@@ -66,11 +66,16 @@ def base_name(path: str) -> str:
     return os.fsencode(os.path.basename(os.path.abspath(path))).decode("utf-8", "replace")
 
 
-def labels(paths: Sequence[str]) -> list[str]:
-    """Base names of the inputs; the second of one name is called `name#2`."""
+def label_of(file: AdapterFile) -> str:
+    """What an adapter is called, and what keys its random bits: its label, or its path's name."""
+    return file.label or base_name(file.path)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names; the second of one name is called `name#2`."""
     seen: dict[str, int] = {}
     result = []
-    for name in map(base_name, paths):
+    for name in names:
         seen[name] = seen.get(name, 0) + 1
         result.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return result

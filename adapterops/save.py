@@ -20,9 +20,10 @@ from adapterops.casts import FORMATS
 from adapterops.certificate import Figures, PlanReport, RankHint, Report, total
 from adapterops.certify import certify
 from adapterops.certify import notes as measured_notes
+from adapterops.certify import warnings as measured_warnings
 from adapterops.choosing import Choice, Known, check_size, choose_ranks
 from adapterops.companions import side_files, write_companions
-from adapterops.errors import IncompatibleError, UsageError
+from adapterops.errors import BudgetError, IncompatibleError, UsageError
 from adapterops.extras import Extra, extras_by_name, plan_extras
 from adapterops.files.header import Entry, encode_header, layout
 from adapterops.files.output import PROVENANCE_KEY, stage
@@ -130,7 +131,13 @@ def save(
 def _save(
     inputs: Sequence[AdapterFile], weights: Sequence[float], options: Options, on: Compute
 ) -> Report | PlanReport:
+    if any(file.made_of for file in inputs):
+        from adapterops.derive import nested  # methods are imported where one is used
+
+        more = nested(inputs, weights, options.recorded)
+        options = replace(options, recorded={**options.recorded, **more})
     plan, legal = planned_for(inputs, weights, options)
+    inputs, weights = plan.inputs, plan.weights
     out, directory, notes = output_path(options.out, plan.dialect, NAMES[options.verb])
     check_apart(Path(os.path.realpath(out)), inputs)
     name = weights_name(plan.dialect) if directory else os.path.basename(out)
@@ -230,9 +237,13 @@ def _save(
         writer = target.tensors(name, entries, size - _data_size(entries))
         figures, full = write(plan, form, extras, writer, copy, options.form, on, options.progress)
         report = certify(plan, figures, full, provenance, options.weighting.name)
+        found = measured_warnings(plan, report)
+        if options.strict and found:
+            raise BudgetError(f"--strict: {found[0]}")
         report = replace(
             report,
             verb=options.verb,
+            method=options.recorded.get("method", "linear"),
             output=out,
             dialect=plan.dialect,
             size=size,
@@ -241,7 +252,7 @@ def _save(
             hints=hints,
             spectra=_listed(plan, spectra) if options.with_spectra else {},
             notes=(*notes, *measured_notes(plan, report, copy)),
-            warnings=tuple(warnings),
+            warnings=(*warnings, *found),
         )
         check_promises(report, [*figures, *full], options.ranks.max_error)
         for file in inputs:

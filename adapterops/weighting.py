@@ -63,13 +63,13 @@ def weighting_for(
     given = open_activations(activations)
     inputs = {}
     for file in files:
-        inputs.update(for_modules(given, _chosen(file, modules), file.base))
+        inputs.update(for_modules(given, chosen(file, modules), file.base))
     found = (base_note(given, file.base) for file in files)
     notes = tuple(dict.fromkeys(note for note in found if note))
     return Weighting("activation", inputs=inputs, notes=notes), {"activations": given.digest}
 
 
-def _chosen(file: AdapterFile, pattern: str | None) -> dict[str, Site]:
+def chosen(file: AdapterFile, pattern: str | None) -> dict[str, Site]:
     """The sites that a pattern matches as a whole; what is wrong with one is said elsewhere."""
     try:
         compiled = re.compile(pattern or ".*", 0 if pattern else re.DOTALL)
@@ -84,7 +84,7 @@ def _relative(
     model = open_model(base)
     sizes: dict[str, float] = {}
     for file in files:
-        missing = [stem for stem in _chosen(file, modules) if stem not in sizes]
+        missing = [stem for stem in chosen(file, modules) if stem not in sizes]
         for stem, weight in weights(file, model, missing).items():
             sizes[stem] = _norm(weight.ref)
             if not math.isfinite(sizes[stem]):

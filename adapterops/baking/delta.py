@@ -246,7 +246,9 @@ class Delta:
         span = 0 if self.band.dense else min(self.rank, length)
         reading = 32 * self.rank * (rows + columns)  # as they come, and side by side
         basis = 8 * self.rank * (3 * length + 4 * span) if self.rank < length else 0
-        return max(reading, 12 * self.rank * (rows + columns) + basis)
+        made = max((t.site.made.peak for t in self.band.terms if t.site.made), default=0)
+        made += sum(term.held for term in self.band.dense)
+        return made + max(reading, 12 * self.rank * (rows + columns) + basis)
 
     def done(self, rows: int) -> None:
         """So many rows are not asked for again; with the last of the band its factors are let go.

@@ -66,7 +66,7 @@ def bake_model(
         tallies, resumed = _write_shards(job, place, record, made, on, progress)
         report = replace(_report(job, tallies, resumed), history=history)
         check_result(job, report)
-        for source in (source for file in inputs for source in file.sources):
+        for source in (source for file in job.inputs for source in file.sources):
             source.check_unchanged()
         names = write_rest(job, place, report, made, record)
     undo = tuple(name for name in names if name.endswith(SUFFIX))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from adapterops.basemodel import BaseModel
 from adapterops.casts import format_name
 from adapterops.changes.mapping import changes
 from adapterops.changes.targets import Changes
+from adapterops.derive import nested
 from adapterops.errors import BudgetError, NumericsError
 from adapterops.extras import Policy
 from adapterops.files import checkpoint
 from adapterops.files.output import check_output, check_outside, resolved
-from adapterops.formats.model import AdapterFile
+from adapterops.formats.model import AdapterFile, leaves
 from adapterops.prepare import origins_of
 from adapterops.provenance import Provenance, given_alphas
 from adapterops.rounding.precision import exact_arithmetic
@@ -33,7 +34,7 @@ from adapterops.undoing.record import NAME
 class Options:
     """How to bake, checked by the verb; `dtype` None keeps each tensor's own.
 
-    `residual` identifies the model of that option.
+    `residual` identifies the model of that option, `combined` is what records the merge method.
     """
 
     round: Round = "exact"
@@ -45,6 +46,7 @@ class Options:
     link: bool = False
     reversible: bool = False
     residual: str | None = None
+    combined: Mapping[str, Any] = field(default_factory=dict)
     hash: bool = False
     overwrite: bool = False
     strict: bool = False
@@ -85,12 +87,15 @@ def planned(
     is_directory = given.is_dir() or checkpoint.is_index(given)
     final = out if is_directory or out.endswith(".safetensors") else f"{out}.safetensors"
     folder = given.parent if checkpoint.is_index(given) else given
-    mine = (path for file in inputs for path in (file.path, *file.weights_files))
+    origins, shares = leaves(inputs, weights)
+    combined = {**options.combined, **nested(inputs, weights, options.combined)}
+    options = replace(options, combined=combined)
+    mine = (path for file in origins for path in (file.path, *file.weights_files))
     check_outside(final, (folder, *base.files, *mine))
     check_output(final, directory=is_directory, overwrite=options.overwrite)
     found = changes(base, inputs, weights, modules=options.modules, extras=options.extras)
     shards = plan_shards(base, found, options.dtype)
-    beside, said = carried(base, inputs, found, options.dtype)
+    beside, said = carried(base, origins, found, options.dtype)
     if is_directory and (folder / NAME).is_file():
         said = [*said, f"undo files of {base.name} stay there: keep it to unbake further back"]
     rounding = Rounding(options.round, "F32", options.seed)
@@ -98,8 +103,8 @@ def planned(
         drifts = predict(found.targets.values(), rounding, options.dtype, on)
     return Job(
         base=base,
-        inputs=inputs,
-        weights=weights,
+        inputs=origins,
+        weights=shares,
         options=options,
         changes=found,
         shards=shards,
@@ -114,12 +119,14 @@ def planned(
 def provenance_of(job: Job, record: Mapping[str, Any], on: Compute) -> Provenance:
     """What decides the result's bytes; `record` is the base's, see `base_record`."""
     options = job.options
+    drawn = options.round == "stochastic" or options.combined.get("seed") is not None
     return provenance(
         record,
         origins_of(job.inputs, job.weights, on),
         {
+            **options.combined,
             "round": options.round,
-            "seed": options.seed if options.round == "stochastic" else None,
+            "seed": options.seed if drawn else None,
             "dtype": format_name(options.dtype) if options.dtype else None,
             "modules": options.modules,
             "extras": None if options.extras == "error" else options.extras,

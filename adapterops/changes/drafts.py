@@ -11,6 +11,7 @@ from adapterops.align import check_coefficient
 from adapterops.changes.locate import Located
 from adapterops.changes.pieces import Piece, Reading
 from adapterops.changes.places import Base
+from adapterops.changes.ruled import Ruled, peak
 from adapterops.changes.shifts import BiasShift, FullDelta
 from adapterops.changes.targets import DenseTerm, Target, Term, as_matrix
 from adapterops.errors import IncompatibleError, UnsupportedError
@@ -50,18 +51,25 @@ def gather(
     places: dict[tuple[object, ...], str] = {}
     for stem, reading in located.sites.items():
         site = sites[stem]
-        coefficient = weight * site.scale
+        coefficient = weight * site.factor * site.scale
         made = f"its scale {site.scale:g} ({site.scale_from}), weighted by {weight:g},"
         check_coefficient(coefficient, made, file, stem)
         for piece in reading:
             _check_apart(places, piece, stem, file)
         if site.kind in ("dora", "residual"):
             piece = _only(reading, site)
-            change = partial(Dora if site.kind == "dora" else Residual, site)
+            relative = partial(Dora if site.kind == "dora" else Residual, site)
             draft = _turned(drafts, piece, file, stem)
-            draft.dense.append(DenseTerm(index, coefficient, stem, change))
+            draft.dense.append(DenseTerm(index, coefficient, stem, relative))
             continue
-        if site.kind not in KINDS:
+        if site.kind == "elementwise":
+            for piece in reading:
+                change, held = partial(Ruled, site, piece), peak(site, piece)
+                _turned(drafts, piece, file, stem).dense.append(
+                    DenseTerm(index, coefficient, stem, change, held)
+                )
+            continue
+        if site.kind not in KINDS and not site.made:
             raise UnsupportedError(f"{site.kind} has no delta", path=file.path, module=stem)
         for piece in reading:
             term = Term(

@@ -16,7 +16,7 @@ from adapterops.changes.untying import untie
 from adapterops.changes.values import started, values
 from adapterops.errors import NumericsError, UnsupportedError, UsageError
 from adapterops.extras import Policy
-from adapterops.formats.model import AdapterFile, Site
+from adapterops.formats.model import AdapterFile, Site, leaves
 
 _ROUNDED = ("F16", "BF16", "F32")
 _TWICE = ".base_layer.out_proj"  # of a MultiheadAttention
@@ -52,10 +52,14 @@ def changes(
         if weight
     }
     mine = {id(inputs[index]): own for index, own in found.items()}
+    origins, shares = leaves([inputs[index] for index in found], [weights[i] for i in found])
+    for file in origins:
+        if id(file) not in mine:
+            mine[id(file)] = addresses(file, plain, dict(file.sites), list(file.deltas))
     carried = values(
         base,
-        [inputs[index] for index in found],
-        [weights[index] for index in found],
+        origins,
+        shares,
         extras,
         lambda file, path: tensor_of(mine[id(file)], plain, path),
     )

@@ -7,7 +7,12 @@ from typing import Any
 import click
 
 from adapterops.cli import talk
-from adapterops.cli.options import base_options, parse_alphas, run_options
+from adapterops.cli.combining import method_options, parse_parameters
+from adapterops.cli.options import (
+    base_options,
+    parse_alphas,
+    run_options,
+)
 from adapterops.cli.weights import split_weights
 
 
@@ -16,6 +21,7 @@ from adapterops.cli.weights import split_weights
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option("-w", "--weights", metavar="W,W,…", help="One weight per adapter; 1 each if absent.")
 @click.option("-o", "--output", required=True, metavar="PATH", help="The model to write.")
+@method_options
 @click.option(
     "--round",
     default="exact",
@@ -39,7 +45,7 @@ from adapterops.cli.weights import split_weights
 @click.option("--link", is_flag=True, help="Hard-link files that nothing changes.")
 @click.option("--reversible", is_flag=True, help="Store what unbake needs to restore the base.")
 @click.option("--hash", is_flag=True, help="Record the sha256 of all files of weights.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of stochastic rounding.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is random.")
 @base_options
 @run_options
 def command(
@@ -48,6 +54,8 @@ def command(
     weights: str | None,
     output: str,
     alpha: tuple[str, ...],
+    parameters: tuple[str, ...],
+    activations: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -60,6 +68,7 @@ def command(
     adapterops bake model/ adapter -o merged
     adapterops bake model.safetensors style:0.8 person:0.6 -o both.safetensors
     adapterops bake model/ adapter -o merged --round compensated --reversible
+    adapterops bake model/ code docs -m ties --param density=0.3 -o merged
 
     \b
     exact        correctly rounded, the same bytes on any machine
@@ -83,6 +92,8 @@ def command(
             parse_weights(weights) if weights is not None else given,
             out=output,
             alpha=parse_alphas(alpha, paths),
+            parameters=parse_parameters(parameters),
+            activations=activations or None,
             progress=progress,
             **options,
         )

@@ -7,7 +7,13 @@ from typing import Any
 import click
 
 from adapterops.cli import talk
-from adapterops.cli.options import adapter_options, parse_alphas, rank_options, run_options
+from adapterops.cli.combining import method_options, parse_parameters
+from adapterops.cli.options import (
+    adapter_options,
+    parse_alphas,
+    rank_options,
+    run_options,
+)
 from adapterops.cli.weights import split_weights
 
 DEFAULT_OUTPUT = "merged"
@@ -17,6 +23,8 @@ DEFAULT_OUTPUT = "merged"
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option("-w", "--weights", metavar="W,W,…", help="One weight per adapter, e.g. 0.7,0.3.")
 @click.option("-o", "--output", metavar="PATH", help="Default: merged/ or merged.safetensors here.")
+@method_options
+@click.option("--seed", type=int, default=0, show_default=True, help="Of methods that draw.")
 @rank_options
 @click.option("--normalize", is_flag=True, help="Divide the weights by their sum.")
 @adapter_options
@@ -26,6 +34,8 @@ def command(
     weights: str | None,
     output: str | None,
     alpha: tuple[str, ...],
+    parameters: tuple[str, ...],
+    activations: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -34,10 +44,13 @@ def command(
 ) -> None:
     """Write the weighted sum Σ wᵢ·ΔWᵢ of adapters, exactly unless a rank is asked for.
 
+    With --method what another merge method makes of them.
+
     \b
     adapterops merge a.safetensors b.safetensors --weights 0.7,0.3
     adapterops merge code docs -w 0.5,0.5 --rank 16 -o both
     adapterops merge code:1 docs:-0.5 --max-error 0.05 -o difference
+    adapterops merge code docs -w 1,1 -m ties --param density=0.3 --space knots -o both
 
     The report says what was lost, measured on the bytes written: truncation (rank), storage
     (number format) and both, relative to the exact sum.
@@ -57,6 +70,8 @@ def command(
             chosen,
             out=out,
             alpha=parse_alphas(alpha, paths),
+            parameters=parse_parameters(parameters),
+            activations=activations or None,
             progress=progress,
             **options,
         )

@@ -28,7 +28,7 @@ class Rank(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
             self.fail(f"{value!r} is neither a whole number nor 'same'", param, ctx)
 
 
-def _all(command: Command, *options: Command) -> Command:
+def all_of(command: Command, *options: Command) -> Command:
     """The command with these options, which `--help` lists in this order."""
     for option in reversed(options):
         command = option(command)
@@ -48,7 +48,7 @@ def runner_option(command: Command) -> Command:
 
 def rank_options(command: Command) -> Command:
     """How the rank of the output is chosen."""
-    return _all(
+    return all_of(
         command,
         click.option(
             "-r", "--rank", type=Rank(), help="Rank of the output; same: the largest input's."
@@ -59,7 +59,7 @@ def rank_options(command: Command) -> Command:
 
 def target_options(command: Command) -> Command:
     """What the rank of the output may be chosen by."""
-    return _all(
+    return all_of(
         command,
         click.option(
             "--energy",
@@ -81,7 +81,7 @@ def target_options(command: Command) -> Command:
 
 def allocation_options(command: Command) -> Command:
     """More ways to choose ranks, and what lets modules differ in theirs."""
-    return _all(
+    return all_of(
         command,
         click.option(
             "--ratio",
@@ -176,7 +176,7 @@ _ALPHA = click.option(
 
 def file_options(command: Command) -> Command:
     """What is written, and as what."""
-    return _all(
+    return all_of(
         command,
         click.option("--modules", metavar="REGEX", help="Only modules whose whole path matches."),
         click.option(
@@ -196,7 +196,7 @@ def file_options(command: Command) -> Command:
 
 def adapter_options(command: Command) -> Command:
     """`file_options`, and how adapters are read: extras, missing scales, pickles."""
-    return _all(
+    return all_of(
         command,
         file_options,
         _EXTRAS,
@@ -207,7 +207,7 @@ def adapter_options(command: Command) -> Command:
 
 def base_options(command: Command) -> Command:
     """How adapters are read beside their base model."""
-    return _all(
+    return all_of(
         command,
         click.option("--modules", metavar="REGEX", help="Only modules whose whole path matches."),
         click.option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from adapterops.baking.model import bake_model
@@ -15,6 +16,7 @@ from adapterops.errors import UsageError
 from adapterops.files.output import check_outside
 from adapterops.inputs import Input
 from adapterops.options import as_seed, compute
+from adapterops.verbs.combined import combined
 from adapterops.verbs.options import as_limit, as_pattern, as_policy, as_round, opened
 
 _Path = str | os.PathLike[str]
@@ -26,6 +28,13 @@ def bake(
     weights: Sequence[float] | None = None,
     *,
     out: _Path,
+    method: str = "linear",
+    parameters: Mapping[str, Any] | None = None,
+    space: Literal["dense", "core", "knots"] = "dense",
+    calibrate: Literal["pico", "svc"] | None = None,
+    match_norm: Literal["mean", "max", "sum"] | None = None,
+    activations: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    module_weights: Sequence[str] = (),
     round: Literal["exact", "nearest", "stochastic", "compensated"] = "exact",
     dtype: str = "keep",
     modules: str | None = None,
@@ -48,6 +57,9 @@ def bake(
 ) -> BakeReport:
     """Write `base` + Σ wᵢΔWᵢ, each sum rounded once, in the base's own files and types.
 
+    In place of Σ wᵢΔWᵢ it is what the `method` makes of the adapters, with nothing cut off: of one
+    that compares entries, in dense space, the whole matrix.
+
     Bytes that no adapter changes are copied without being looked at. What the type of the weights
     loses of the change is measured on what is written, in the same pass.
 
@@ -56,6 +68,8 @@ def bake(
             pipeline. A file makes a file, anything else a directory.
         adapters: paths or Adapters, one or several.
         weights: one finite number per adapter; 1 each by default.
+        method, parameters, space, calibrate, match_norm, activations, module_weights: as in
+            `merge`.
         round: "exact", correctly rounded from the real number W + Σ wᵢsᵢBᵢAᵢ, the same bytes on
             any machine; "nearest", in float32; "stochastic", by `seed`; "compensated", which
             chooses of the two neighbours what keeps most of what the adapters do.
@@ -68,7 +82,7 @@ def bake(
         link: give files that nothing changes a second name, a hard link, instead of a copy.
         reversible: store what `unbake` needs to restore the base bit by bit.
         hash: record the sha256 of all files of weights, of the base and of the result.
-        seed: of stochastic rounding.
+        seed: of stochastic rounding, and of methods that draw at random.
         alpha, device, memory, jobs, overwrite, strict, allow_pickle, progress: as in `merge`.
         dry_run: return what a sample of the rows predicts and write nothing.
 
@@ -95,7 +109,21 @@ def bake(
     on = compute(device, memory, jobs)
     check_outside(out, () if residual is None else (residual,))
     model = open_model(base)
-    files, factors = opened(model, adapters, weights, residual, alpha, allow_pickle)
+    given, factors = opened(model, adapters, weights, residual, alpha, allow_pickle)
+    files, factors, recorded = combined(
+        given,
+        factors,
+        method=method,
+        parameters=parameters,
+        space=space,
+        seed=seed,
+        calibrate=calibrate,
+        match_norm=match_norm,
+        activations=activations,
+        modules=options.modules,
+        module_weights=module_weights,
+    )
+    options = replace(options, combined=recorded)
     return bake_model(model, files, factors, os.fspath(out), options, on, progress)
 
 

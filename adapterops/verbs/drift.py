@@ -13,7 +13,7 @@ from adapterops.casts import format_name
 from adapterops.changes.mapping import changes
 from adapterops.errors import UsageError
 from adapterops.formats.model import AdapterFile
-from adapterops.inputs import Input
+from adapterops.inputs import Input, flat
 from adapterops.judging.chain import ChainReport
 from adapterops.judging.chain import chain as simulated
 from adapterops.judging.deeper import check_one, count_intruders, is_matrix, mitigated_file
@@ -91,7 +91,7 @@ def drift(
     on = compute(device, memory, jobs)
     limit, mode, seeded = as_limit(max_drift), as_round(round), as_seed(seed)
     model = open_model(base)
-    files, factors = opened(model, adapters, weights, residual, alpha, allow_pickle)
+    files, factors = flat(*opened(model, adapters, weights, residual, alpha, allow_pickle))
     policy, modules = as_policy(extras), as_pattern(modules)
     named = tuple((file.path, weight) for file, weight in zip(files, factors, strict=True))
     found = changes(model, files, factors, modules=modules, extras=policy)

@@ -1,4 +1,4 @@
-"""merge: the exact weighted sum of adapters, at the rank asked for."""
+"""merge: the weighted sum of adapters, or what another method makes of them, at a rank."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from adapterops.errors import UsageError
 from adapterops.inputs import open_inputs
 from adapterops.options import check_weights
 from adapterops.save import save_sum
+from adapterops.verbs.combined import combined
 
 
 def merge(
@@ -19,6 +20,14 @@ def merge(
     weights: Sequence[float] | None = None,
     *,
     out: str | os.PathLike[str],
+    method: str = "linear",
+    parameters: Mapping[str, Any] | None = None,
+    space: Literal["dense", "core", "knots"] = "dense",
+    seed: int = 0,
+    calibrate: Literal["pico", "svc"] | None = None,
+    match_norm: Literal["mean", "max", "sum"] | None = None,
+    activations: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    module_weights: Sequence[str] = (),
     normalize: bool = False,
     rank: int | Literal["same"] | None = None,
     energy: float | None = None,
@@ -38,11 +47,22 @@ def merge(
     dry_run: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report | PlanReport:
-    """Write Σ wᵢΔWᵢ of adapters to `out` and return its certificate.
+    """Write what a method makes of adapters, Σ wᵢΔWᵢ by default, and return its certificate.
 
     Args:
         adapters: paths or Adapters, one or several.
-        weights: one finite number per adapter; may be left out for a single adapter (1.0).
+        weights: one finite number per adapter; may be left out for a single adapter, and for
+            methods other than linear (1 each).
+        method: linear, or another of `adapterops methods`.
+        parameters: of the method, by name.
+        space: of methods that compare entries: "dense", those of ΔW; "core" or "knots", those in
+            bases that the adapters share (Core space, KnOTS).
+        seed: of methods that draw at random.
+        calibrate: "pico" before the method, "svc" after it.
+        match_norm: scale the result to the mean, max or sum of the adapters' norms, by module.
+        activations: a file of the inputs of modules, or one for each adapter, of regmean.
+        module_weights: weights of single modules: "layers 0-7: 1,0", "re:REGEX: 0.9,0.1",
+            "attn: 0.7,0.3", "blocks[NAME]=1,0,…"; the last that matches counts.
         normalize: divide the weights by their sum.
         rank: uniform rank of the output, or "same" for the largest rank among the inputs. Without
             any of rank, energy, max_error and size nothing is cut off.
@@ -74,17 +94,28 @@ def merge(
     if to not in (None, "peft", "kohya", "diffusers", "mlx"):
         raise UsageError(f"to={to!r}: expected peft, kohya, diffusers or mlx")
     paths = [repr(item) if isinstance(item, Adapter) else os.fspath(item) for item in adapters]
+    if weights is None and method != "linear":
+        weights = [1.0] * len(adapters)
     checked = check_weights(weights, paths, normalize=normalize)
     opened = open_inputs(adapters, alpha=alpha, allow_pickle=allow_pickle)
-    terms = [
-        (weight * inner, file)
-        for adapter, weight in zip(opened, checked, strict=True)
-        for inner, file in adapter.terms
-    ]
+    files, shares, recorded = combined(
+        opened,
+        checked,
+        method=method,
+        parameters=parameters,
+        space=space,
+        seed=seed,
+        calibrate=calibrate,
+        match_norm=match_norm,
+        activations=activations,
+        modules=modules,
+        module_weights=module_weights,
+    )
     return save_sum(
-        [file for _, file in terms],
-        [weight for weight, _ in terms],
+        files,
+        shares,
         out,
+        recorded=recorded,
         rank=rank,
         energy=energy,
         max_error=max_error,

@@ -12,7 +12,6 @@ from adapterops.baking.kernel import Round
 from adapterops.basemodel import BaseModel
 from adapterops.errors import UsageError
 from adapterops.extras import Policy
-from adapterops.formats.model import AdapterFile
 from adapterops.inputs import Input, open_for_base
 from adapterops.options import check_weights, is_number
 
@@ -26,7 +25,7 @@ def opened(
     residual: _Path | None,
     alpha: float | Mapping[Any, float] | None,
     allow_pickle: bool,
-) -> tuple[list[AdapterFile], list[float]]:
+) -> tuple[list[Adapter], list[float]]:
     """Adapters, those relative to their base made summable with it, and a weight for each."""
     base.check_not_quantised()
     given = [adapters] if isinstance(adapters, str | os.PathLike | Adapter) else list(adapters)
@@ -36,12 +35,7 @@ def opened(
     chosen = [1.0] * len(given) if weights is None else weights
     checked = check_weights(chosen, paths, normalize=False)
     terms = open_for_base(given, base, residual, alpha=alpha, allow_pickle=allow_pickle)
-    pairs = [
-        (weight * inner, file)
-        for adapter, weight in zip(terms, checked, strict=True)
-        for inner, file in adapter.terms
-    ]
-    return [file for _, file in pairs], [weight for weight, _ in pairs]
+    return terms, checked
 
 
 def as_round(name: str) -> Round:
