@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -19,6 +19,31 @@ Layer = Literal["linear", "conv", "embedding"]
 
 
 Read = Callable[["Ref"], np.ndarray[Any, Any]]
+
+
+class Made(Protocol):
+    """What a module's change is computed from where no file holds it: other adapters' modules."""
+
+    @property
+    def dtype(self) -> str:
+        """The widest type of what it is made from."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes that making it needs at most, beside the result."""
+
+    def leaves(self) -> list[tuple[AdapterFile, Site]]:
+        """The modules in files that it is made from, each with its adapter."""
+
+    def factors(self, device: str, raw: Read) -> tuple[Array, Array]:
+        """B (out, rank) and A (rank, in) in float64."""
+
+    @property
+    def said(self) -> Any:
+        """What the method says of its result, a `certificate.MethodFigures`, once it is made."""
+
+    def operator(self) -> Any | None:
+        """The change as an `operators.Operator` where its rank is not bounded, else None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +106,7 @@ class Site:
     from, None where it was assumed; `alpha_given` if the user said it. A scale that nothing says
     is NaN. `expert` is (index, count) where one tensor holds the factors of several; `owned` are
     the parameters that PEFT's target_parameters adapt at `owner`, `meant` those of them that this
-    pair may be.
+    pair may be. The adapter's weight counts times `factor` here.
     """
 
     stem: str
@@ -103,6 +128,8 @@ class Site:
     alpha: float | None = None
     alpha_given: bool = False
     inner: Site | None = None
+    made: Made | None = None
+    factor: float = 1.0
 
     def scaled(self, scale: float, alpha: float | None, origin: str) -> Site:
         """The module with its scale; written out, for `replace` takes three times as long."""
@@ -129,6 +156,8 @@ class Site:
     @property
     def dtype(self) -> str:
         """The widest type of its factors; of a dense change, of all that it is made from."""
+        if self.made:
+            return self.made.dtype
         names = {ref.dtype for role, ref in self.parts.items() if role in _FACTOR_ROLES}
         names = names or {ref.dtype for ref in self.parts.values()}
         return max(names, key=lambda name: (_width(name), name))
@@ -139,6 +168,8 @@ class Site:
         `raw` reads a tensor's bytes. Raises NumericsError, naming the tensor, for NaN or
         infinities, UnsupportedError for a kind that has no factors.
         """
+        if self.made:
+            return self.made.factors(device, raw)
         if self.kind not in KINDS:
             raise UnsupportedError(f"{self.kind} has no low-rank delta", module=self.stem)
         values = {
@@ -209,8 +240,11 @@ class AdapterFile:
     changes of single parameters (`.diff`), `tensors` all of the file, by full name. `dialect` is
     "mixed" where its modules are in several. `style` is the dialect's own note of how names were
     spelled. `notes` are warnings; `problems` are why its sum with others cannot be computed, and
-    `relative` are those of them that end where the base model is given. One that is made from
-    base models has their weights' `files`, and an `identity` in place of a hash of gigabytes.
+    `relative` are those of them that end where the base model is given. One that is made from base
+    models has their weights' `files`, and an `identity` in place of a hash of gigabytes. One that a
+    merge method makes of others has these, with their weights, as `made_of`; `made_by` is what
+    provenance records of the method. `label` is what the user calls it, "" for the name of its
+    path. `left_out` are modules taken out of its sites.
     """
 
     path: str
@@ -232,6 +266,10 @@ class AdapterFile:
     relative: tuple[AdapterOpsError, ...] = ()
     identity: str = ""
     files: tuple[str, ...] = ()
+    made_of: tuple[tuple[float, AdapterFile], ...] = ()
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+    left_out: frozenset[str] = frozenset()
 
     @property
     def weights_files(self) -> tuple[str, ...]:
@@ -243,12 +281,15 @@ class AdapterFile:
         """Every file that its sites, deltas and extras are read from, its own first."""
         refs = [ref for site in self.sites.values() for ref in site.parts.values()]
         refs += [*self.deltas.values(), *self.extras.values()]
-        found = {id(source): source for source in (self.source, *(ref.source for ref in refs))}
-        return list(found.values())
+        within = (source for _, file in self.made_of for source in file.sources)
+        every = (self.source, *(ref.source for ref in refs), *within)
+        return list({id(source): source for source in every}.values())
 
     @property
     def dtype(self) -> str:
-        """The type of its factors, the widest where they differ."""
+        """The type of its factors, the widest where they differ; of what is made, the first's."""
+        if self.made_of:
+            return self.made_of[0][1].dtype
         names = {site.dtype for site in self.sites.values()}
         names |= {ref.dtype for ref in self.deltas.values()}
         return max(names, key=lambda name: (_width(name), name), default="F32")
@@ -257,3 +298,24 @@ class AdapterFile:
     def rank(self) -> int:
         """The largest rank of its sites."""
         return max((site.rank for site in self.sites.values()), default=0)
+
+
+def leaves(
+    files: Sequence[AdapterFile], weights: Sequence[float]
+) -> tuple[list[AdapterFile], list[float]]:
+    """The adapters on disk that these are made of, each once, with the products of their weights.
+
+    Where one has several places its weights are added up; where they cancel the first one counts.
+    """
+    if not any(file.made_of for file in files):
+        return list(files), list(weights)
+    found: dict[int, tuple[AdapterFile, list[float]]] = {}
+    for file, weight in zip(files, weights, strict=True):
+        pairs = [(file, weight)]
+        if file.made_of:
+            inner = leaves([each for _, each in file.made_of], [w for w, _ in file.made_of])
+            pairs = [(each, weight * share) for each, share in zip(*inner, strict=True)]
+        for each, share in pairs:
+            found.setdefault(id(each), (each, []))[1].append(share)
+    shares = [math.fsum(each) or each[0] for _, each in found.values()]
+    return [file for file, _ in found.values()], shares

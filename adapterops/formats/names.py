@@ -77,7 +77,7 @@ def two_names(files: Mapping[str, Iterable[str]]) -> str | None:
     fused: dict[str, str] = {}
     split: dict[str, str] = {}
     for stem in where:
-        root, flat = _flatten(stem)
+        root, flat = flatten(stem)
         other = names.setdefault(f"{root}:{flat}", stem)
         if other != stem:
             return _clash(other, stem, where, "one module in two dialects")
@@ -108,7 +108,7 @@ def _clash(one: str, two: str, where: Mapping[str, str], what: str) -> str:
     return f"{one!r} ({where[one]}) and {two!r} ({where[two]}) are {what}"
 
 
-def _flatten(stem: str) -> tuple[str, str]:
+def flatten(stem: str) -> tuple[str, str]:
     """Which model a stem is in, and its path with underscores for dots."""
     for pattern, root in _ROOTS:
         found = pattern.match(stem)
