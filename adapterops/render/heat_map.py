@@ -26,7 +26,6 @@ _LABEL = 30
 _AROUND = 1.0  # inches above and below the cells
 _CHARACTER = 0.065  # inches, of a name
 _ABREAST = 50  # characters
-_NO_COLOUR = -1.0
 
 
 def height(grid: Grid) -> float:
@@ -63,13 +62,13 @@ def draw_maps(figure: Figure, found: Compression, grid: Grid) -> None:
     worst = max(cut, default=0.0) or 1.0
     first, second, third = figure.subplots(1, 3, sharex=True, sharey=True)
     nobody = [False] * len(out)
-    ranks = _map(first, grid, before, nobody, (_RANKS, largest))
-    _map(second, grid, kept, out, (_RANKS, largest))
-    shown = _map(third, grid, errors, out, (_ERRORS, worst))
+    ranks = draw_map(first, grid, before, nobody, (_RANKS, largest))
+    draw_map(second, grid, kept, out, (_RANKS, largest))
+    shown = draw_map(third, grid, errors, out, (_ERRORS, worst))
     first.set_title(f"before: rank that holds {100 * ENERGY:g} % of the energy", fontsize=9)
     second.set_title("after: rank kept", fontsize=9)
     third.set_title("after: relative error, %", fontsize=9)
-    _name_rows(first, grid)
+    name_rows(first, grid)
     bar = figure.colorbar(ranks, ax=[first, second], pad=0.01, aspect=30, label="rank")
     bar.ax.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(shown, ax=third, pad=0.02, aspect=30, label="relative error, %")
@@ -86,22 +85,30 @@ def _error(found: Compression, stem: str) -> float:
     return float("nan") if error is None else 100 * error
 
 
-def _map(
-    axes: Axes, grid: Grid, values: Sequence[float], out: Sequence[bool], colours: tuple[str, float]
+def draw_map(
+    axes: Axes,
+    grid: Grid,
+    values: Sequence[float],
+    out: Sequence[bool],
+    colours: tuple[str, float],
+    lowest: float = 0.0,
 ) -> Any:
-    """One map: cells coloured from 0 to a largest value, with numbers where there is room."""
+    """One map: cells coloured from `lowest` to a largest value, numbers where there is room.
+
+    NaN and what is `out` are grey and bear signs.
+    """
     from matplotlib import colormaps
 
-    name, largest = colours
+    (name, largest), grey = colours, lowest - 1.0
     count = len(grid.rows), grid.width
     table = np.full(count, np.nan)
     for (row, column), value, left in zip(grid.places, values, out, strict=True):
-        table[row, column] = _NO_COLOUR if left or value != value else value
+        table[row, column] = grey if left or value != value else value
     cells = count[0] * count[1]
     mesh = axes.pcolormesh(
         np.ma.masked_invalid(table),
         cmap=colormaps[name].with_extremes(under="0.87"),
-        vmin=0.0,
+        vmin=lowest,
         vmax=largest,
         edgecolors="white",
         linewidth=0.6 if cells <= _LINED else 0.0,
@@ -141,7 +148,7 @@ def _name_columns(axes: Axes, grid: Grid) -> None:
     axes.tick_params(axis="x", rotation=90 if _turned(names) else 0)
 
 
-def _name_rows(axes: Axes, grid: Grid) -> None:
+def name_rows(axes: Axes, grid: Grid) -> None:
     """Numbers where all rows are of one kind, names where there is room, else names of groups."""
     heads = list(dict.fromkeys(grid.heads))
     if len(heads) == 1 and len(grid.rows) > 1:

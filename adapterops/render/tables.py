@@ -88,12 +88,19 @@ def print_modules(console: Any, report: Report, verbose: bool) -> None:
         console.print(f"{report.subnormal} numbers fell below the normal range of {report.dtype}")
 
 
+def _exact(report: Report) -> str:
+    """What errors are relative to."""
+    if report.verb == "calc":
+        return "what the expression is"
+    return "the exact sum" if report.method == "linear" else f"what {report.method} makes of them"
+
+
 def _print_report(console: Any, report: Report, verbose: bool) -> None:
     console.print(
         f"[bold]{safe(report.output)}[/bold]  {report.dialect}, rank {report.rank}, "
         f"{report.dtype}, {report.size / 1e6:.3g} MB, {len(report.modules)} modules"
     )
-    print_errors(console, report, "the exact sum")
+    print_errors(console, report, _exact(report))
     table = Table(box=None, pad_edge=False)
     table.add_column("input")
     for name in ("weight", "rank", "‖ΔW‖", "share", "retained"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,13 +10,13 @@ import numpy as np
 from adapterops.casts import format_name
 from adapterops.certificate import ratio
 from adapterops.difference.matrix import Matrices, compare_all
+from adapterops.difference.names import names
 from adapterops.difference.pair import compare_pair
 from adapterops.difference.report import ComparedInput, DiffReport, PairDifference
 from adapterops.difference.task import Task, plan_task
 from adapterops.errors import IncompatibleError, UsageError
 from adapterops.inputs import Input, open_inputs
 from adapterops.options import compute
-from adapterops.provenance import base_name
 
 
 def diff(
@@ -86,7 +85,7 @@ def _report(task: Task, found: Matrices, pair: PairDifference | None) -> DiffRep
     inputs = []
     having = [task.parts(module) for module in task.plan.modules]
     for index, (name, adapter, norm, zero) in enumerate(
-        zip(_names(task), task.adapters, found.norms, found.zero, strict=True)
+        zip(names(task.adapters), task.adapters, found.norms, found.zero, strict=True)
     ):
         files = [file for _, file in adapter.terms]
         inputs.append(
@@ -110,22 +109,3 @@ def _report(task: Task, found: Matrices, pair: PairDifference | None) -> DiffRep
         left_out=task.plan.left_out,
         warnings=task.plan.warnings,
     )
-
-
-def _names(task: Task) -> list[str]:
-    """A name for each adapter: as much of its path's end as no other has, or the sum as written."""
-    paths = [
-        file.path if weight == 1.0 and len(adapter.terms) == 1 else ""
-        for adapter in task.adapters
-        for weight, file in adapter.terms[:1]
-    ]
-    ends = [os.path.abspath(path).split(os.sep) for path in paths]
-    names = []
-    for adapter, path, end in zip(task.adapters, paths, ends, strict=True):
-        lengths = range(1, len(end))
-        enough = (k for k in lengths if sum(other[-k:] == end[-k:] for other in ends) == 1)
-        sums = (f"{weight:g}·{base_name(file.path)}" for weight, file in adapter.terms)
-        names.append("/".join(end[-next(enough, 1) :]) if path else " + ".join(sums))
-    counted = [names[:index].count(name) + 1 for index, name in enumerate(names)]
-    numbered = (f"{name}#{n}" if n > 1 else name for name, n in zip(names, counted, strict=True))
-    return [os.fsencode(name).decode("utf-8", "replace") for name in numbered]
