@@ -9,36 +9,28 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import adapterops
 from adapterops.adapter import Adapter
-from adapterops.batch.search import WEIGHTS
 from adapterops.casts import FORMATS
 from adapterops.checking.findings import Finding, few, finding
 from adapterops.errors import AdapterOpsError, FormatError, UnsupportedError
 from adapterops.files.output import MAIN, PROVENANCE_KEY
 from adapterops.formats import AdapterFile, Ref, mlx, open_adapter_file
-from adapterops.formats.locate import locate
 from adapterops.formats.names import DIRECTORIES
 from adapterops.formats.peft import is_safe_pattern
-from adapterops.provenance import file_sha256
+from adapterops.originals import Originals
 from adapterops.save import save_sum
 from adapterops.stream import Compute
 
 _VERBS = ("merge",)
-# Weights of base models and states of trainers: no inputs, and large.
-_NO_INPUT = re.compile(
-    r".*-\d{5}-of-\d{5}\..*|(diffusion_)?(pytorch_)?model\..*|(optimizer|rng_).*"
-)
 _ROUNDINGS = 4.0  # both files were rounded to storage, each factor once
-_Origin = Mapping[str, Any]
 
 
 def _is_number(value: Any) -> bool:
@@ -61,49 +53,20 @@ _OPTIONS: Mapping[str, Callable[[Any], bool]] = {
     "dtype": _is_text,
     "to": _is_text,
     "alpha": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "method": _is_text,
+    "parameters": lambda value: isinstance(value, dict),
+    "space": _is_text,
+    "seed": _is_number,
+    "calibrate": _is_text,
+    "match_norm": _is_text,
+    "module_weights": lambda value: (
+        isinstance(value, list) and all(_is_text(rule) and is_safe_pattern(rule) for rule in value)
+    ),
 }
+_RULE = ("method", "parameters", "space", "seed", "calibrate", "match_norm")
 
 
-@dataclass
-class Inputs:
-    """Weights below a folder, looked up by hash; each file is hashed at most once."""
-
-    folder: str
-    _paths: list[str] = field(default_factory=list)
-    _hashes: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for folder, folders, names in os.walk(self.folder, followlinks=False):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            found = (
-                name
-                for name in sorted(names)
-                if name.lower().endswith(WEIGHTS) and not _NO_INPUT.fullmatch(name)
-            )
-            self._paths += [os.path.join(folder, name) for name in found]
-
-    def find(self, origin: _Origin) -> str | None:
-        """The weights file with the hashes of an input, None if there is none."""
-        name = str(origin.get("name"))
-        likely = sorted(self._paths, key=lambda path: name not in path.split(os.sep))
-        for path in likely:
-            if self._sha256(path) == origin.get("sha256"):
-                config = locate(path).config
-                recorded = origin.get("config_sha256")
-                if recorded is None or (config and self._sha256(config) == recorded):
-                    return path
-        return None
-
-    def _sha256(self, path: str) -> str:
-        if path not in self._hashes:
-            try:
-                self._hashes[path] = file_sha256(path)
-            except AdapterOpsError:
-                self._hashes[path] = ""  # unreadable: not the one
-        return self._hashes[path]
-
-
-def recomputed(path: str, inputs: Inputs, on: Compute, *, allow_pickle: bool) -> Finding:
+def recomputed(path: str, inputs: Originals, on: Compute, *, allow_pickle: bool) -> Finding:
     """What computing the adapter at `path` again says of it; `allow_pickle` concerns its inputs."""
     try:
         file = open_adapter_file(path, allow_pickle=allow_pickle)
@@ -118,7 +81,7 @@ def recomputed(path: str, inputs: Inputs, on: Compute, *, allow_pickle: bool) ->
         file.source.close()
 
 
-def _recomputed(file: AdapterFile, inputs: Inputs, on: Compute, allow_pickle: bool) -> Finding:
+def _recomputed(file: AdapterFile, inputs: Originals, on: Compute, allow_pickle: bool) -> Finding:
     text = file.metadata.get(PROVENANCE_KEY)
     if text is None:
         return finding("recompute-none", "carries no provenance of adapterops", path=file.path)
@@ -137,14 +100,34 @@ def _recomputed(file: AdapterFile, inputs: Inputs, on: Compute, allow_pickle: bo
     opened = _open(made, [path for path in found.values() if path], allow_pickle)
     with tempfile.TemporaryDirectory(prefix="adapterops-") as folder:
         out = os.path.join(folder, _output(file))
-        options = {key: value for key, value in made["options"].items() if key != "alpha"}
-        weights = [float(origin["weight"]) for origin in made["inputs"]]
-        save_sum(opened, weights, out, device="cpu", jobs=on.threads, memory=on.memory, **options)
+        files, weights, options = _terms(made, opened)
+        save_sum(files, weights, out, device="cpu", jobs=on.threads, memory=on.memory, **options)
         again = open_adapter_file(out)
         try:
             return _compared(file, again, str(made.get("version")))
         finally:
             again.source.close()
+
+
+def _terms(
+    made: Mapping[str, Any], opened: Sequence[AdapterFile]
+) -> tuple[list[AdapterFile], list[float], dict[str, Any]]:
+    """What was added up, with its weights, and how the sum was written."""
+    options = {key: value for key, value in made["options"].items() if key != "alpha"}
+    weights = [float(origin["weight"]) for origin in made["inputs"]]
+    rules = options.pop("module_weights", None) or ()
+    given = {key: options.pop(key) for key in _RULE if key in options}
+    if not given and not rules:
+        return list(opened), weights, options
+    from adapterops.combining import rule_for, terms  # methods are imported where one was used
+
+    rule = rule_for(given.pop("method", "linear"), **given)
+    named = [
+        Adapter(((1.0, replace(file, label=str(origin.get("name")))),))
+        for file, origin in zip(opened, made["inputs"], strict=True)
+    ]
+    files, weights = terms(named, weights, rule, options.get("modules"), rules)
+    return files, weights, options
 
 
 def _provenance(text: str, path: str) -> dict[str, Any]:
@@ -164,6 +147,7 @@ def _provenance(text: str, path: str) -> dict[str, Any]:
         raise UnsupportedError(
             f"was made by {made.get('verb')!r}; {', '.join(_VERBS)} can be computed again",
             path=path,
+            hint="adapterops run makes it again from its provenance",
         )
     unknown = sorted(set(made["options"]) - set(_OPTIONS))
     if unknown:

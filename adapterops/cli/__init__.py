@@ -18,6 +18,7 @@ from adapterops.errors import AdapterOpsError, FileError, Interrupted, MemoryLim
 
 COMMANDS = {
     "merge": "adapterops.cli.merge",
+    "calc": "adapterops.cli.calc",
     "compress": "adapterops.cli.compress",
     "convert": "adapterops.cli.convert",
     "extract": "adapterops.cli.extract",
@@ -26,6 +27,7 @@ COMMANDS = {
     "verify": "adapterops.cli.drift",
     "unbake": "adapterops.cli.unbake",
     "diff": "adapterops.cli.diff",
+    "analyze": "adapterops.cli.analyze",
     "inspect": "adapterops.cli.inspect",
     "check": "adapterops.cli.check",
     "index": "adapterops.cli.index",
@@ -33,6 +35,8 @@ COMMANDS = {
     "assign": "adapterops.cli.assign",
     "deploy": "adapterops.cli.deploy",
     "report": "adapterops.cli.report",
+    "run": "adapterops.cli.run",
+    "methods": "adapterops.cli.methods",
 }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterops.cli import talk
 from adapterops.cli.options import place_options
+
+if TYPE_CHECKING:
+    from adapterops.undoing.restoring import UnbakeReport
 
 
 @click.command("unbake")
@@ -25,7 +28,6 @@ def command(
     Neither the base nor the adapters are needed. Every file is checked by its sha256.
     """
     from adapterops.render.progress import reporter
-    from adapterops.render.text import megabytes, safe
     from adapterops.stream import keep_freed_memory
     from adapterops.verbs.unbake import unbake
 
@@ -37,6 +39,12 @@ def command(
     if as_json:
         talk.result(talk.document(report.to_dict()), report.output)
     elif not quiet:
-        lines = [f"{safe(f.name)}  {megabytes(f.size)} MB  sha256 {f.sha256}" for f in report.files]
-        text = "\n".join([f"{safe(report.output)}  restored, {megabytes(report.size)} MB", *lines])
-        talk.result(text, report.output)
+        talk.result(page(report), report.output)
+
+
+def page(report: UnbakeReport) -> str:
+    """What was restored, a line for each file."""
+    from adapterops.render.text import megabytes, safe
+
+    lines = [f"{safe(f.name)}  {megabytes(f.size)} MB  sha256 {f.sha256}" for f in report.files]
+    return "\n".join([f"{safe(report.output)}  restored, {megabytes(report.size)} MB", *lines])

@@ -208,9 +208,10 @@ def _recomputed(
     progress: Progress | None,
 ) -> Iterator[Finding]:
     """A finding for every adapter: what computing it again says."""
-    from adapterops.checking.recompute import Inputs, recomputed  # imports what writes
+    from adapterops.checking.recompute import recomputed  # imports what writes
+    from adapterops.originals import Originals
 
-    folder = Inputs(os.fspath(inputs) if inputs is not None else ".")
+    folder = Originals(os.fspath(inputs) if inputs is not None else ".", on)
     for index, path in enumerate(paths):
         yield recomputed(path, folder, on, allow_pickle=allow_pickle)
         if progress:

@@ -1,0 +1,109 @@
+"""From a recipe to the call of a verb: its keys are the verb's own parameters."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from adapterops.errors import UsageError
+from adapterops.recipe.document import Document, Key, meant
+from adapterops.recipe.fitting import fitted
+
+MERGEKIT = ("models", "merge_method")  # what tells a recipe of mergekit's shape from others
+_PROGRESS = "progress"
+# What other commands and tools call it.
+_OTHER_NAMES = {
+    "output": "out",
+    "out_path": "out",
+    "output_path": "out",
+    "merge_method": "method",
+    "params": "parameters",
+    "adapter_name_or_path": "adapter",
+}
+_TEXT_PATHS = {"from_file"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A verb's function; `keys` are its parameters with what they take, `required` some of them.
+
+    `progress` is a key of none, and a parameter of those that take it.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    keys: Mapping[str, Any]
+    required: frozenset[str]
+    takes_progress: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A verb with its arguments; `warnings` are what is odd about how it was asked for."""
+
+    verb: Verb
+    arguments: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+def verb_of(name: str, function: Callable[..., Any]) -> Verb:
+    """The verb `name` that a function of keywords is."""
+    hints = get_type_hints(function)
+    parameters = inspect.signature(function).parameters
+    keys = {
+        key: os.PathLike[str] | None if key in _TEXT_PATHS else hints[key]
+        for key in parameters
+        if key != _PROGRESS
+    }
+    required = {key for key in keys if parameters[key].default is inspect.Parameter.empty}
+    return Verb(name, function, keys, frozenset(required), _PROGRESS in parameters)
+
+
+def call_of(
+    verb: Verb,
+    document: Document,
+    entries: Mapping[str, Any],
+    folder: str,
+    keys: Mapping[str, Key] | None = None,
+) -> Call:
+    """The call that `entries` of a recipe are; `keys` are where they stand, where not at the top.
+
+    What is missing is left to `completed`. Raises UsageError for keys that the verb does not have
+    and values of other types.
+    """
+    arguments = {}
+    for name, value in entries.items():
+        key = (keys or {}).get(name, (name,))
+        if name not in verb.keys:
+            raise unknown(document, key, verb)
+        arguments[name] = fitted(document, key, value, verb.keys[name], folder)
+    return Call(verb, arguments)
+
+
+def completed(call: Call, document: Document, overrides: Mapping[str, Any]) -> Call:
+    """The call with what was said beside the recipe, None for nothing.
+
+    Raises UsageError where the verb has no such parameter, or lacks one.
+    """
+    verb = call.verb
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name in given:
+        if name not in verb.keys:
+            raise UsageError(f"{verb.name} has no {name.replace('_', ' ')}: leave it away")
+    arguments = {**call.arguments, **given}
+    missing = [name for name in verb.keys if name in verb.required and name not in arguments]
+    if missing:
+        hint = "in the recipe, or -o PATH" if missing == ["out"] else None
+        raise document.error((), f"{verb.name} needs {' and '.join(missing)}", hint)
+    return Call(verb, arguments, call.warnings)
+
+
+def unknown(document: Document, key: Key, verb: Verb) -> UsageError:
+    """The error for a key that a verb does not have."""
+    name = str(key[-1])
+    other = _OTHER_NAMES.get(name)
+    hint = f"it is {other} here" if other in verb.keys else meant(name, ("verb", *verb.keys))
+    return document.error(key, f"{verb.name} has no such key", hint)

@@ -1,0 +1,104 @@
+"""What an output says of how it was made: the provenance in its header or in its sidecar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapterops.batch.outputs import recorded
+from adapterops.errors import FormatError, UsageError
+from adapterops.files.output import SIDECAR
+from adapterops.files.source import LocalFile, read_bytes
+from adapterops.layout import sidecar_name
+
+_LARGEST = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The provenance of the output at `path`, whose parts have the right types.
+
+    `inputs` are adapters by name, hash and weight, `is_directory` whether the output is a folder.
+    """
+
+    path: str
+    verb: str
+    version: str
+    inputs: tuple[Mapping[str, Any], ...]
+    options: Mapping[str, Any]
+    is_directory: bool
+
+
+def read_made(path: str | os.PathLike[str]) -> Made:
+    """The provenance of an output: a folder, a .safetensors file, or a sidecar.
+
+    Raises UsageError where there is none, FormatError for a damaged one, FileError.
+    """
+    given = os.fspath(path)
+    is_directory = os.path.isdir(given)
+    if given.endswith(".json"):
+        found = of_sidecar(given)
+        is_directory = os.path.basename(given) == SIDECAR
+    elif is_directory:
+        found = recorded(given) or of_sidecar(os.path.join(given, SIDECAR))
+    else:
+        LocalFile(given)  # raises where it is missing or unreadable
+        file = Path(given)
+        found = recorded(given) or of_sidecar(os.fspath(file.with_name(sidecar_name(file))))
+    if found is None:
+        raise UsageError(
+            "carries no provenance of adapterops, so nothing says how it was made",
+            path=given,
+            hint="give a recipe, an output of adapterops, or its sidecar",
+        )
+    return _checked(found, given, is_directory)
+
+
+def of_sidecar(path: str) -> Any:
+    """The provenance in a sidecar, None where there is no such file or nothing in it.
+
+    Raises FormatError for what is no JSON, FileError.
+    """
+    if not os.path.isfile(path):
+        return None
+    file = LocalFile(path)
+    try:
+        if file.size() > _LARGEST:
+            raise FormatError(f"has {file.size()} bytes, which no sidecar has", path=path)
+        document = json.loads(bytes(read_bytes(file, 0, file.size())))
+    except (ValueError, RecursionError):
+        raise FormatError("is no JSON", path=path) from None
+    finally:
+        file.close()
+    return document.get("provenance") if isinstance(document, dict) else None
+
+
+def _checked(found: Any, path: str, is_directory: bool) -> Made:
+    try:
+        inputs = tuple(found["inputs"])
+        made = Made(
+            path,
+            str(found["verb"]),
+            str(found.get("version")),
+            inputs,
+            dict(found["options"]),
+            is_directory,
+        )
+        sound = all(
+            isinstance(each["name"], str)
+            and isinstance(each["sha256"], str)
+            and isinstance(each.get("config_sha256", ""), str)
+            and not isinstance(each["weight"], bool)
+            and math.isfinite(each["weight"])
+            for each in inputs
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise FormatError("its provenance is damaged", path=path)
+    return made
