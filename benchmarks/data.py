@@ -35,9 +35,12 @@ LLAMA_1B = {
     "self_attn.o_proj": (2048, 2048),
 }
 LLAMA_SMALL = {name: (m // 8, n // 8) for name, (m, n) in LLAMA_7B.items()}
+_MEDIUM = {"self_attn.q_proj": (1024, 1024)}
+_SQUARE = {"self_attn.q_proj": (4096, 4096)}
 FLEET = 1000
 _VOCABULARY = 64
 _SHARED = 4
+_EIGHT = "abcdefgh"
 Shapes = dict[str, tuple[int, int]]
 Tensors = dict[str, np.ndarray]
 
@@ -196,10 +199,14 @@ def _checkpoints(folder: Path, count: int, shapes: Shapes) -> None:
 
 SETS: dict[str, Callable[[Path], None]] = {
     "small": lambda folder: _peft(folder, layers(1, {"self_attn.q_proj": (256, 256)}), 16),
-    "medium": lambda folder: _peft(folder, layers(1, {"self_attn.q_proj": (1024, 1024)}), 16),
-    "square": lambda folder: _peft(folder, layers(1, {"self_attn.q_proj": (4096, 4096)}), 16),
+    "medium": lambda folder: _peft(folder, layers(1, _MEDIUM), 16),
+    "square": lambda folder: _peft(folder, layers(1, _SQUARE), 16),
     "10mb": lambda folder: _peft(folder, layers(28, LLAMA_3B), 16),
     "7b": lambda folder: _peft(folder, layers(32, LLAMA_7B), 16),
+    "7bx8": lambda folder: _peft(folder, layers(32, LLAMA_7B), 16, _EIGHT),
+    "7bx8-quick": lambda folder: _peft(folder, layers(2, LLAMA_SMALL), 16, _EIGHT),
+    "squarex8": lambda folder: _peft(folder, layers(1, _SQUARE), 16, _EIGHT),
+    "mediumx8": lambda folder: _peft(folder, layers(1, _MEDIUM), 16, _EIGHT),
     "layers10": lambda folder: _peft(folder, layers(10, LLAMA_7B), 16),
     "layers100": lambda folder: _peft(folder, layers(100, LLAMA_7B), 16),
     "sdxl": lambda folder: _kohya(folder, sdxl(), 32),

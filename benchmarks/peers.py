@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from string import ascii_lowercase
 from typing import Any
 
 import data
@@ -35,15 +36,17 @@ class Attention(torch.nn.Module):
 
 
 def peft_model(raw: Raw) -> Any:
-    """A one-layer model with both adapters loaded."""
+    """A one-layer model with the adapters loaded, named a, b, …"""
     from peft import LoraConfig, get_peft_model
 
     m, n = raw[0][0].shape[0], raw[0][1].shape[1]
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj"])
-    model = get_peft_model(Attention(m, n), config, adapter_name="a")
-    model.add_adapter("b", config)
+    first, *others = names = ascii_lowercase[: len(raw)]
+    model = get_peft_model(Attention(m, n), config, adapter_name=first)
+    for name in others:
+        model.add_adapter(name, config)
     layer = model.base_model.model.q_proj
-    for name, (B, A) in zip("ab", raw, strict=True):
+    for name, (B, A) in zip(names, raw, strict=True):
         layer.lora_B[name].weight.data = torch.from_numpy(B).float()
         layer.lora_A[name].weight.data = torch.from_numpy(A).float()
     return model

@@ -13,6 +13,8 @@ from adapterops.ranks import Ranks
 
 __all__ = ["Choice", "Known", "check_size", "choose_ranks"]
 
+_WHOLE = "; bake BASE … --method writes all of it, --space core or knots is of low rank"
+
 
 def check_size(plan: Plan, chosen: Ranks) -> None:
     """Refuse a lossless result that would be larger than the dense deltas.
@@ -30,8 +32,13 @@ def check_size(plan: Plan, chosen: Ranks) -> None:
             f"without a rank the result may need rank {max(full)} and "
             f"{parameters:,} numbers, the dense weight changes themselves have "
             f"{plan.dense:,}",
-            hint="choose --rank N, --energy E or --max-error X",
+            hint="choose --rank N, --energy E or --max-error X" + _WHOLE * _any_dense(plan),
         )
+
+
+def _any_dense(plan: Plan) -> bool:
+    parts = (part for module in plan.modules for part in module.parts)
+    return any(part.site.kind == "elementwise" for part in parts)
 
 
 def choose_ranks(chosen: Ranks, known: Known) -> Choice:
