@@ -11,7 +11,7 @@ import heapq
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, product
+from itertools import count
 
 import numpy as np
 
@@ -104,23 +104,22 @@ def unions(
     near: Sequence[Collection[int]],
     estimate: Callable[[tuple[int, ...]], Middle | None],
     ceilings: Sequence[float],
-    far: Collection[tuple[int, int]] = (),
+    together: Callable[[tuple[int, ...], tuple[int, ...]], bool] = lambda some, others: True,
 ) -> list[Union]:
     """Groups put together pair by pair, the pair with the smallest share first, while they may be.
 
     `groups` are members by place, `near` whom each place may be put together with, `ceilings` the
-    largest share that each allows, `far` pairs that must not come together. Equal shares go to the
-    smaller places.
+    largest share that each allows. `together` says whether some places may come together with
+    others. Equal shares go to the smaller places.
     """
     live = {place: Union((place,), tuple(rows), Middle(0.0, -1)) for place, rows in groups.items()}
     around = {place: {other for other in near[place] if other in live} for place in live}
     limits = {place: ceilings[place] for place in live}
     numbers = count(len(near))
     heap: list[tuple[float, int, int, Union]] = []
-    far_apart = frozenset(far)
 
     def push(one: int, other: int) -> None:
-        if far and not far_apart.isdisjoint(product(live[one].parts, live[other].parts)):
+        if not together(live[one].parts, live[other].parts):
             return
         rows = tuple(sorted({*live[one].rows, *live[other].rows}))
         best = estimate(rows)

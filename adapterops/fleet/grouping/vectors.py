@@ -38,6 +38,16 @@ class Vectors:
         parts = self.sketches[places], self.norms[places], self.energies[places]
         return Vectors(*parts, self.side, failed)
 
+    def within(self, some: Sequence[int], others: Sequence[int], reach: float) -> bool:
+        """Whether no sketch of some is farther from any of others than `reach` of either norm."""
+        one, two = (
+            self.sketches[list(rows)].astype(np.float64) * self.norms[list(rows)][:, None]
+            for rows in (some, others)
+        )
+        apart = np.linalg.norm(one[:, None] - two, axis=2)
+        least = np.minimum(self.norms[list(some)][:, None], self.norms[list(others)])
+        return bool((apart <= reach * least).all())
+
 
 def delta_vectors(fleet: Fleet, records: Sequence[Record]) -> Vectors:
     """The records by ΔW, in float16, which holds what the index says to the bit."""

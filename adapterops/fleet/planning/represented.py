@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -85,16 +86,24 @@ def joined(
     def estimate(rows: tuple[int, ...]) -> Middle | None:
         return middle(vectors, bounds, rows, each.permissions.blend(np.array(rows)))
 
+    centers = [group.center for group in groups]
+    far: set[tuple[int, int]] = set()
+
+    def together(some: tuple[int, ...], others: tuple[int, ...]) -> bool:
+        if 2 * how.bound <= FARTHEST:
+            return True
+        one, two = ([centers[place] for place in places] for places in (some, others))
+        return far.isdisjoint(product(some, others)) and vectors.within(one, two, FARTHEST)
+
     left = {place: sorted(group.errors) for place, group in enumerate(groups)}
     ceilings = [1.0] * len(groups)
-    far: set[tuple[int, int]] = set()
     done: list[Represented] = []
     failed: dict[int, AdapterOpsError] = {}
     for number in range(_ROUNDS):
-        tried = unions(left, near, estimate, ceilings, far)
+        tried = unions(left, near, estimate, ceilings, together)
         while more := _far(each, groups, tried, how):
             far |= more
-            tried = unions(left, near, estimate, ceilings, far)
+            tried = unions(left, near, estimate, ceilings, together)
         if not tried:
             break
         asked = [_asked(each, one.rows, one.middle.center, bounds, {}) for one in tried]
