@@ -115,6 +115,21 @@ def test_task_losses_in_the_readme_are_the_committed_ones():
         assert f"{loss:.4f}" in TEXT
 
 
+def test_losses_of_merges_in_the_readme_are_the_committed_ones():
+    """Every mean that benchmarks/method_loss.py measured last, in the order of its rows."""
+    newest = max((ROOT / "benchmarks" / "results" / "method_loss").glob("*.json"))
+    means: dict[str, list[float]] = {}
+    for row in json.loads(newest.read_text())["rows"]:
+        way = row["name"].partition(", ")[2]
+        means.setdefault(way, []).append(row["figures"]["loss mean"])
+    table = TEXT[TEXT.index("<!-- method loss -->") :].partition("\n\n")[0].splitlines()[3:]
+    assert len(table) == len(means) == 12
+    for line, losses in zip(table, means.values(), strict=True):
+        shown = line.strip("|").split("|")[1:6]
+        wanted = [*losses, sum(losses) / len(losses)]
+        assert [cell.strip() for cell in shown] == [f"{loss:.3f}" for loss in wanted]
+
+
 def test_divergences_of_baked_models_in_the_readme_are_the_committed_ones():
     """KL in 1e-5 nats, as benchmarks/bake_quality.py measured them last."""
     newest = max((ROOT / "benchmarks" / "results" / "bake_quality").glob("*.json"))
