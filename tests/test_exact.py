@@ -273,7 +273,10 @@ def test_large_factors_are_held_once_and_let_go(inputs):
     m, n, rank = 1800, 1400, 256
     rng = np.random.default_rng(0)
     B, A = rng.standard_normal((m, rank)), rng.standard_normal((rank, n))
-    site = SimpleNamespace(rank=rank, shape=(m, n), factors=lambda: (B.copy(), A.copy()))
+    own = (B.copy, A.copy)
+    site = SimpleNamespace(
+        rank=rank, shape=(m, n), made=None, factors=lambda: tuple(copy() for copy in own)
+    )
     term = Term(0, 0.5, site, slice(0, m), slice(0, n))
     target = Target("x", None, (m, n), (term,), (), inputs)
     delta = Delta(target, bands(target)[0])
