@@ -30,11 +30,12 @@ class Done:
     stderr: str
 
 
-def call(*arguments: str | Path, cwd: Path, code: int = 0) -> Done:
-    """The command line in this process: what it prints, after checking its exit code."""
+def attempt(*arguments: str | Path, cwd: Path) -> tuple[int, Done]:
+    """The command line in this process: its exit code and what it prints."""
     out, said = io.StringIO(), io.StringIO()
     given, handler = sys.argv, signal.getsignal(signal.SIGTERM)
     sys.argv = ["adapterops", *map(str, arguments)]
+    code = 0
     try:
         with (
             contextlib.chdir(cwd),
@@ -43,8 +44,15 @@ def call(*arguments: str | Path, cwd: Path, code: int = 0) -> Done:
         ):
             main()
     except SystemExit as end:
-        assert end.code == code, said.getvalue()
+        code = end.code if isinstance(end.code, int) else 1
     finally:
         sys.argv = given
         signal.signal(signal.SIGTERM, handler)
-    return Done(out.getvalue(), said.getvalue())
+    return code, Done(out.getvalue(), said.getvalue())
+
+
+def call(*arguments: str | Path, cwd: Path, code: int = 0) -> Done:
+    """What the command line prints, after checking its exit code."""
+    found, done = attempt(*arguments, cwd=cwd)
+    assert found == code, done.stderr
+    return done

@@ -64,14 +64,31 @@ def test_the_other_keys_are_the_verbs():
     }
 
 
-def test_normalize_of_linear_divides_the_weights():
+def test_normalize_of_linear_is_the_methods():
     found = call(merge_method="linear", models=models(1, 3), parameters={"normalize": True})
-    assert found["normalize"] is True and "parameters" not in found
+    assert found["parameters"] == {"normalize": True} and "normalize" not in found
     assert call(merge_method="task_arithmetic", models=models(1, 3)).keys() == {
         "adapters",
         "weights",
         "out",
     }
+
+
+def test_normalize_divides_each_modules_own_weights(tmp_path):
+    """As mergekit does: tensor by tensor, by the sum of the weights that the filters gave it."""
+    factors = [pairs(seed, SHAPES, 2) for seed in range(2)]
+    for name, each in zip("ab", factors, strict=True):
+        write_peft(tmp_path / name, each)
+    weight = [{"filter": "q_proj", "value": 3}, {"value": 1}]
+    given = {"merge_method": "linear", "models": models(weight, 1)}
+    for entry in given["models"]:
+        entry["model"] = str(tmp_path / entry["model"])
+    ao.run({**given, "parameters": {"normalize": True}}, out=tmp_path / "m")
+    found, (a, b) = read_peft(tmp_path / "m"), map(dense, factors)
+    for name in SHAPES:
+        share = 0.75 if "q_proj" in name else 0.5
+        wanted = share * a[name] + (1 - share) * b[name]
+        assert found[name] == pytest.approx(wanted, abs=1e-6)
 
 
 def test_a_parameter_that_all_models_have_alike_is_one():

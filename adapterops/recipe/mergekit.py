@@ -80,8 +80,6 @@ def call_of_mergekit(document: Document, verb: Verb, folder: str) -> Call:
     models = _models(document, recipe, folder)
     weights = _weights(document, models, shared)
     parameters = _parameters(document, method, models, shared)
-    if method.name == "linear" and "normalize" in parameters and "normalize" in verb.keys:
-        entries["normalize"] = parameters.pop("normalize")
     warnings = _warnings(verb, name, recipe, weights, shared)
     entries |= {"adapters": [model.path for model in models]}
     entries |= {"method": method.name} if method.name != "linear" else {}
