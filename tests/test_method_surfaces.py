@@ -111,7 +111,7 @@ def test_bake_writes_the_same_tensors_from_every_surface(name, store, tmp_path):
 
 @pytest.mark.parametrize("name", ["linear", "tsv", "dare", "peft_linear"])
 def test_another_process_writes_the_same_tensors(name, store, tmp_path):
-    """One method of each signature; sets are in another order there, and there are other threads."""
+    """One method of each signature; sets are in another order there, and threads are others."""
     case = case_of(name, 0, store)
     named = [f"{letter}={path}" for letter, path in zip("ab", case.adapters, strict=True)]
     flags = [word for k, v in case.saved.items() for word in (f"--{k.replace('_', '-')}", str(v))]

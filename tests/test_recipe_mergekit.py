@@ -109,6 +109,15 @@ def test_the_base_model_is_what_bake_writes_into():
     assert warnings(**given, models=listed) == ()
 
 
+def test_the_base_of_slerp_is_the_first_of_the_two():
+    """mergekit's slerp has no other way to say where t = 0 is."""
+    given = {"merge_method": "slerp", "parameters": {"t": 0.3}, "base_model": "b"}
+    assert call(**given, models=models(None, None))["adapters"] == ["b", "a"]
+    assert warnings(**given, models=models(None, None)) == ()
+    assert call(**given, models=models(None, None, None))["adapters"] == ["a", "c"]
+    assert call(**given, models=models(None, None), verb="bake")["adapters"] == ["a"]
+
+
 def test_what_mergekit_would_do_otherwise_is_said():
     (said,) = warnings(merge_method="ties", base_model="base", models=models(1, 1))
     assert said.startswith("base_model is not used")

@@ -258,6 +258,24 @@ GENERAL = {
     "alpha": ("verb: merge\nalpha: {a: x}", "alpha.a: is the text 'x'; expected a number"),
     "nothing": ("verb: merge\nout:", "out: is nothing; expected a path"),
     "fraction": ("verb: merge\nrank: 1.5", "rank: is the number 1.5; expected a whole number or"),
+    "method": (
+        "verb: merge\nmethod: tie",
+        "r.yaml:2:9: method: there is no method 'tie'; did you m",
+    ),
+    "parameter": (
+        "verb: bake\nmethod: ties\nparameters: {densty: 1}",
+        "r.yaml:3:14: parameters.densty: ties has no such parameter; did you mean density?",
+    ),
+    "of linear": ("verb: merge\nparameters:\n  t: 1", "r.yaml:3:3: parameters.t: linear has no "),
+    "range": (
+        "verb: merge\nmethod: slerp\nparameters:\n  t: 1.5",
+        "r.yaml:4:6: parameters.t: slerp: t is 1.5; expected a number from 0 to 1",
+    ),
+    "lacking": ("verb: merge\nmethod: svd", "r.yaml:1:1: parameters: svd needs rank: rank of the "),
+    "together": (
+        "verb: merge\nmethod: della\nparameters: {density: .1}",
+        "r.yaml:3:13: parameters: density 0.1 ± epsilon 0.15 has to lie between 0 and 1",
+    ),
 }
 
 

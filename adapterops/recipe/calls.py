@@ -71,8 +71,8 @@ def call_of(
 ) -> Call:
     """The call that `entries` of a recipe are; `keys` are where they stand, where not at the top.
 
-    What is missing is left to `completed`. Raises UsageError for keys that the verb does not have
-    and values of other types.
+    What is missing is left to `completed`. Raises UsageError for keys that the verb does not have,
+    values of other types and, unless `keys` say that it is done, what a method does not take.
     """
     arguments = {}
     for name, value in entries.items():
@@ -80,7 +80,18 @@ def call_of(
         if name not in verb.keys:
             raise unknown(document, key, verb)
         arguments[name] = fitted(document, key, value, verb.keys[name], folder)
+    if keys is None and arguments.keys() & {"method", "parameters"}:
+        _check_method(document, arguments)
     return Call(verb, arguments)
+
+
+def _check_method(document: Document, arguments: Mapping[str, Any]) -> None:
+    """Raise UsageError, with the place, for a method or a parameter that there is not."""
+    from adapterops.recipe.parameters import check_parameters, method_at  # where one is asked for
+
+    method = method_at(document, ("method",), arguments.get("method", "linear"))
+    given = arguments.get("parameters") or {}
+    check_parameters(document, method, given, {name: ("parameters", name) for name in given})
 
 
 def completed(call: Call, document: Document, overrides: Mapping[str, Any]) -> Call:

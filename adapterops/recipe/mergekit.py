@@ -21,12 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapterops.errors import UsageError
 from adapterops.recipe.calls import MERGEKIT, Call, Verb, call_of, unknown
 from adapterops.recipe.document import Document, Key, meant, shown
 from adapterops.recipe.filters import Weight, read_weight, rules
 from adapterops.recipe.fitting import placed
-from adapterops.rules.registry import Method, find
+from adapterops.recipe.parameters import check_parameters, method_at
+from adapterops.rules.registry import Method
 
 _VERBS = ("merge", "bake")
 _OWN = {  # what stands in the place of the verb's own keys
@@ -77,10 +77,11 @@ def call_of_mergekit(document: Document, verb: Verb, folder: str) -> Call:
     name = recipe.get("merge_method", "linear")
     method = _method(document, name)
     shared = _mapping(document, ("parameters",), recipe.get("parameters"))
-    models = _models(document, recipe, folder)
+    models = _adapters(document, _models(document, recipe, folder), recipe, verb, method)
     weights = _weights(document, models, shared)
     parameters = _parameters(document, method, models, shared)
-    warnings = _warnings(verb, name, recipe, weights, shared)
+    has_base = any(model.path == recipe.get("base_model") for model in models)
+    warnings = _warnings(verb, name, recipe, weights, shared, has_base)
     entries |= {"adapters": [model.path for model in models]}
     entries |= {"method": method.name} if method.name != "linear" else {}
     entries |= {"parameters": parameters} if parameters else {}
@@ -99,10 +100,7 @@ def call_of_mergekit(document: Document, verb: Verb, folder: str) -> Call:
 def _method(document: Document, name: Any) -> Method:
     if not isinstance(name, str):
         raise document.error(("merge_method",), f"is {shown(name)}; expected a name")
-    try:
-        return find(_SAME.get(name, name))
-    except UsageError as error:
-        raise document.error(("merge_method",), error.message, error.hint) from None
+    return method_at(document, ("merge_method",), _SAME.get(name, name))
 
 
 def _mapping(document: Document, key: Key, value: Any) -> Mapping[str, Any]:
@@ -114,7 +112,7 @@ def _mapping(document: Document, key: Key, value: Any) -> Mapping[str, Any]:
 
 
 def _models(document: Document, recipe: Mapping[str, Any], folder: str) -> list[_Model]:
-    """The adapters; the base model, which mergekit's recipes list too, is none of them."""
+    """All that are listed, the base model among them."""
     given = recipe.get("models")
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         raise document.error(("models",), "expected a list of adapters: - model: PATH")
@@ -135,10 +133,27 @@ def _models(document: Document, recipe: Mapping[str, Any], folder: str) -> list[
                 "give the LoRA alone; with verb: bake the model is base_model",
             )
         parameters = _mapping(document, (*key, "parameters"), entry.get("parameters"))
-        if path != recipe.get("base_model"):
-            found.append(_Model(key, os.fspath(path), parameters))
+        found.append(_Model(key, os.fspath(path), parameters))
+    return found
+
+
+def _adapters(
+    document: Document,
+    models: Sequence[_Model],
+    recipe: Mapping[str, Any],
+    verb: Verb,
+    method: Method,
+) -> list[_Model]:
+    """The adapters; the base model, which mergekit's recipes list too, is none of them.
+
+    But of two models that slerp goes between mergekit calls the one it starts from the base.
+    """
+    base = recipe.get("base_model")
+    found = [model for model in models if model.path != base]
     if not found:
         raise document.error(("models",), "lists the base model alone")
+    if verb.name == "merge" and len(found) < method.least and len(models) == method.most:
+        return [*(model for model in models if model.path == base), *found]
     return found
 
 
@@ -186,15 +201,9 @@ def _parameters(
             places[name], values[name] = key, value
     values.pop("weight", None)
     for name, value in values.items():
-        if name not in known:
-            hint = _NOT_HERE.get(name) or meant(name, known)
-            raise document.error(places[name], f"{method.name} has no such parameter", hint)
-        if isinstance(value, Mapping | list):
+        if name in known and isinstance(value, Mapping | list):
             raise document.error(places[name], "expected one value; filters are for weight")
-        try:
-            known[name].read(value, method.name)
-        except UsageError as error:
-            raise document.error(places[name], error.message, error.hint) from None
+    check_parameters(document, method, values, places, _NOT_HERE)
     return values
 
 
@@ -204,10 +213,11 @@ def _warnings(
     recipe: Mapping[str, Any],
     weights: Sequence[Weight],
     shared: Mapping[str, Any],
+    has_base: bool,
 ) -> tuple[str, ...]:
-    """Where mergekit would do something else with the same recipe."""
+    """Where mergekit would do something else with the same recipe; `has_base`: it is merged too."""
     found = []
-    if verb.name == "merge" and "base_model" in recipe:
+    if verb.name == "merge" and "base_model" in recipe and not has_base:
         found.append(
             "base_model is not used: adapters are changes already; verb: bake adds them to it"
         )
