@@ -260,7 +260,7 @@ GENERAL = {
     "fraction": ("verb: merge\nrank: 1.5", "rank: is the number 1.5; expected a whole number or"),
     "method": (
         "verb: merge\nmethod: tie",
-        "r.yaml:2:9: method: there is no method 'tie'; did you m",
+        "r.yaml:2:1: method: there is no method 'tie'; did you",
     ),
     "parameter": (
         "verb: bake\nmethod: ties\nparameters: {densty: 1}",
@@ -269,12 +269,12 @@ GENERAL = {
     "of linear": ("verb: merge\nparameters:\n  t: 1", "r.yaml:3:3: parameters.t: linear has no "),
     "range": (
         "verb: merge\nmethod: slerp\nparameters:\n  t: 1.5",
-        "r.yaml:4:6: parameters.t: slerp: t is 1.5; expected a number from 0 to 1",
+        "r.yaml:4:3: parameters.t: slerp: t is 1.5; expected a number from 0 to 1",
     ),
     "lacking": ("verb: merge\nmethod: svd", "r.yaml:1:1: parameters: svd needs rank: rank of the "),
     "together": (
         "verb: merge\nmethod: della\nparameters: {density: .1}",
-        "r.yaml:3:13: parameters: density 0.1 ± epsilon 0.15 has to lie between 0 and 1",
+        "r.yaml:3:1: parameters: density 0.1 ± epsilon 0.15 has to lie between 0 and 1",
     ),
 }
 

@@ -8,17 +8,23 @@ from __future__ import annotations
 import ast
 import keyword
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
+from adapterops.derived.rule import Calibration, Space
 from adapterops.errors import UsageError
 from adapterops.expression.text import Span, meant
 from adapterops.expression.tree import Call, Node, Number, Option, plural
 from adapterops.rules import registry
+from adapterops.rules.modify import Target
 from adapterops.rules.registry import Method, Parameter
 
 METHODS: Mapping[str, Method] = registry.METHODS
 GENERAL = ("weights", "space", "seed", "calibrate", "match_norm")  # of any method
-_TEXTS = ("space", "calibrate", "match_norm")
+_TEXTS = {
+    "space": get_args(Space),
+    "calibrate": get_args(Calibration),
+    "match_norm": get_args(Target),
+}
 
 
 class Reader(Protocol):
@@ -66,7 +72,7 @@ def read_call(method: Method, node: ast.Call, reader: Reader) -> Call:
             raise reader.error(place, "parameters are listed one by one, without stars")
         place = Span(place.start, place.start + len(pair.arg))
         if pair.arg not in parameters and pair.arg not in GENERAL:
-            known = [*parameters, *GENERAL]
+            known = [*parameters, *_taken(method)]
             hint = meant(pair.arg, known) or f"it has {', '.join(known)}"
             raise reader.error(place, f"{method.name} has no parameter {pair.arg!r}", hint)
         if pair.arg in options:
@@ -141,14 +147,24 @@ def _weights(count: int, node: ast.expr, reader: Reader) -> tuple[Node, ...]:
     return tuple(found)
 
 
+def _taken(method: Method) -> list[str]:
+    """What of `GENERAL` says something to a method."""
+    idle = {"space": not method.spaces, "seed": "seed" not in method.needs}
+    return [name for name in GENERAL if not idle.get(name)]
+
+
 def _general(
     method: Method, name: str, node: ast.expr, place: Span, reader: Reader
 ) -> bool | str | Node:
-    """The value of what every method takes; what a text may be is for `combine` to say."""
+    """The value of what every method takes; what goes with which is for `combine` to say."""
     plain, at = _plain(node), reader.span(node)
     if name in _TEXTS:
+        listed = " or ".join(f'{name}="{each}"' for each in _TEXTS[name])
         if not isinstance(plain, str):
-            raise reader.error(at, f"{name} is a text", f'write {name}="…"')
+            raise reader.error(at, f"{name} is a text", f"write {listed}")
+        if plain not in _TEXTS[name]:
+            hint = meant(plain, _TEXTS[name]) or f"write {listed}"
+            raise reader.error(at, f"there is no {name} {plain!r}", hint)
         return plain
     if "seed" not in method.needs:
         raise reader.error(place, f"{method.name} draws nothing at random; seed says nothing to it")

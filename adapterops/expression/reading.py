@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from collections.abc import Collection
 
 from adapterops.errors import UsageError
@@ -121,6 +122,9 @@ class _Reader:
         if isinstance(node, ast.Attribute):
             at = Span(max(at.stop - len(node.attr) - 1, 0), at.stop)
             return self.error(at, "nothing is looked up behind a dot in an expression")
+        if isinstance(node, ast.Tuple) and re.search(r"\d,\d", self.shown(node)):
+            hint = "a number has a point: 0.5, not 0,5"
+            return self.error(at, "a comma separates arguments of a function only", hint)
         what = {
             ast.List: "a list stands only behind weights=",
             ast.Tuple: "a comma separates arguments of a function only",
