@@ -403,6 +403,27 @@ def test_two_adapters_of_one_name(tmp_path):
         apply(files, [1.0, 1.0], ["blocks[a.safetensor]=OUTALL"])
 
 
+def test_a_file_is_called_with_or_without_its_ending(tmp_path):
+    files = [image(tmp_path, name)[0] for name in ("a", "b", "b.v2")]
+    for name in ("b", "b.safetensors", "2"):
+        found = shares(files, [1.0] * 3, [f"blocks[{name}]=ALL0.5"], IMAGE)
+        assert set(found.values()) == {(1.0, 0.5, 1.0)}
+    found = shares(files, [1.0] * 3, ["blocks[b.v2]=ALL0.5"], IMAGE)
+    assert set(found.values()) == {(1.0, 1.0, 0.5)}
+    (tmp_path / "x").mkdir()
+    twice = [*files, image(tmp_path / "x", "a")[0]]
+    apply(twice, [1.0] * 4, ["blocks[a]=ALL0.5"])
+    with pytest.raises(UsageError, match=r"no adapter is called 'c'; they are a\.safe"):
+        apply(files, [1.0] * 3, ["blocks[c]=ALL0.5"])
+
+
+def test_a_long_vector_is_cut_in_messages(tmp_path):
+    files = [image(tmp_path, "a")[0]]
+    with pytest.raises(UsageError, match="no block vector has 40 values") as failure:
+        apply(files, [1.0], ["blocks[a]=" + ",".join(["0.5"] * 40)])
+    assert "0.5,0…'" in str(failure.value) and len(str(failure.value)) < 300
+
+
 def test_full_deltas(tmp_path):
     """They have the adapter's weight, or none."""
     file, deltas = image(tmp_path, "a", full=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
 from adapterops.errors import UnsupportedError, UsageError
+from adapterops.files.names import PICKLES
 from adapterops.formats import diffusers
 from adapterops.formats.model import AdapterFile, Ref, Site
 from adapterops.moduleweights.blocks import family
-from adapterops.moduleweights.grammar import BlockRule, WeightRule, parse
+from adapterops.moduleweights.grammar import BlockRule, WeightRule, parse, shown
 from adapterops.moduleweights.paths import layer
 from adapterops.moduleweights.vectors import multipliers
 from adapterops.provenance import distinct, label_of
@@ -80,7 +82,7 @@ def _given(
         matched = [stem for stem in stems if rule.matches(stem)]
         if not matched:
             raise UsageError(
-                f"{_OPTION} {rule.text!r}: matches none of the {len(stems)} modules",
+                f"{_OPTION} {shown(rule.text)}: matches none of the {len(stems)} modules",
                 hint=_nearest(rule, stems),
             )
         given.update(dict.fromkeys(matched, rule.weights))
@@ -95,7 +97,8 @@ def _refuse_image(rule: WeightRule, model: str) -> NoReturn:
         what = "Flux has two lists of blocks" if model == "flux" else "a U-Net has blocks"
         instead = "blocks[NAME]=… gives weights by block"
     raise UsageError(
-        f"{_OPTION} {rule.text!r}: the adapters are of an image model, and {what}", hint=instead
+        f"{_OPTION} {shown(rule.text)}: the adapters are of an image model, and {what}",
+        hint=instead,
     )
 
 
@@ -116,17 +119,24 @@ def _nearest(rule: WeightRule, stems: Sequence[str]) -> str | None:
 
 
 def _named(rule: BlockRule, files: Sequence[AdapterFile]) -> set[int]:
-    """Which adapters a rule is for, by label or by number from 1."""
+    """Which adapters a rule is for: by label, with or without a file's ending, or number from 1."""
     if rule.adapter == "*":
         return set(range(len(files)))
     labels = distinct([label_of(file) for file in files])
+    plain = [os.path.splitext(label)[0] if _is_file(label) else label for label in labels]
     numbers = [str(number) for number in range(1, len(files) + 1)]
-    for names in (labels, numbers):
-        if rule.adapter in names:
+    for names in (labels, plain, numbers):
+        if names.count(rule.adapter) == 1:
             return {names.index(rule.adapter)}
     near = difflib.get_close_matches(rule.adapter, labels, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(labels)}; * is for all"
-    raise UsageError(f"{_OPTION} {rule.text!r}: no adapter is called {rule.adapter!r}", hint=hint)
+    raise UsageError(
+        f"{_OPTION} {shown(rule.text)}: no adapter is called {rule.adapter!r}", hint=hint
+    )
+
+
+def _is_file(label: str) -> bool:
+    return label.endswith((".safetensors", *PICKLES))
 
 
 def _last(

@@ -27,6 +27,7 @@ _HEADS = ("layers", "re", "blocks", *GROUPS)
 _WORD = re.compile(r"[A-Za-z]+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _RANGE = re.compile(r"(?P<first>\d{1,9})(?P<to>\s*-\s*(?P<last>\d{1,9})?)?")
+_SHOWN = 72  # characters
 _EQUALS = re.compile(r"\s*=\s*")
 
 
@@ -51,6 +52,11 @@ class BlockRule:
     adapter: str
     values: tuple[float, ...] = ()
     preset: str = ""
+
+
+def shown(text: str) -> str:
+    """A rule as messages have it: a vector of 61 numbers would hide what is wrong with it."""
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…")
 
 
 def parse(text: str, count: int) -> WeightRule | BlockRule:
@@ -125,7 +131,7 @@ def _weights(text: str, colon: int, count: int) -> tuple[float, ...]:
     if len(weights) != count:
         of = "one adapter" if count == 1 else f"{count} adapters"
         raise UsageError(
-            f"{_OPTION} {text!r}: gives {_many(len(weights), 'weight')} for {of}",
+            f"{_OPTION} {shown(text)}: gives {_many(len(weights), 'weight')} for {of}",
             hint="one per adapter, in their order, separated by commas",
         )
     return weights
@@ -171,7 +177,7 @@ def _blocks(text: str, start: int) -> BlockRule:
     if len(values) not in LAYOUTS:
         lengths = ", ".join(f"{n} ({LAYOUTS[n].meant})" for n in FAMILIES[""])
         raise UsageError(
-            f"{_OPTION} {text!r}: no block vector has {_many(len(values), 'value')}",
+            f"{_OPTION} {shown(text)}: no block vector has {_many(len(values), 'value')}",
             hint=f"known are {lengths}",
         )
     return BlockRule(text, name, values)
@@ -184,5 +190,5 @@ def _many(count: int, what: str) -> str:
 def _wrong(text: str, at: int, expected: str, hint: str | None = None) -> NoReturn:
     found = f"{text[at : at + 20]!r}" if text[at:].strip() else "nothing"
     raise UsageError(
-        f"{_OPTION} {text!r}: {expected} at character {at + 1}, found {found}", hint=hint
+        f"{_OPTION} {shown(text)}: {expected} at character {at + 1}, found {found}", hint=hint
     )

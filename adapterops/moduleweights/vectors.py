@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from adapterops.errors import UnsupportedError, UsageError
 from adapterops.moduleweights.blocks import block
-from adapterops.moduleweights.grammar import BlockRule
+from adapterops.moduleweights.grammar import BlockRule, shown
 from adapterops.moduleweights.layouts import FAMILIES, LAYOUTS, PRESETS
 
 
@@ -20,8 +20,8 @@ def multipliers(
     """
     if family is None:
         raise UnsupportedError(
-            f"--module-weights {rule.text!r}: {stems[0]!r} is no name of a U-Net's or of Flux' "
-            "module, and blocks are known of these only",
+            f"--module-weights {shown(rule.text)}: {stems[0]!r} is no name of a U-Net's or "
+            "of Flux' module, and blocks are known of these only",
             path=path,
             hint="'re:REGEX: …' gives weights by name",
         )
@@ -40,14 +40,15 @@ def multipliers(
     # A U-Net whose names do not tell SD from SDXL: the preset must have a meaning in both.
     if family == "unet" and rule.preset and vectors.keys().isdisjoint(FAMILIES["sdxl"]):
         raise UsageError(
-            f"--module-weights {rule.text!r}: the names do not tell for which model, SD or SDXL",
+            f"--module-weights {shown(rule.text)}: the names do not tell for which model, "
+            "SD or SDXL",
             path=path,
             hint="give the values themselves",
         )
     if all(value is None for value in chosen[0].values()):
         raise UsageError(
-            f"--module-weights {rule.text!r}: none of the {len(stems)} modules lies in a block; "
-            f"the first is {stems[0]!r}",
+            f"--module-weights {shown(rule.text)}: none of the {len(stems)} modules lies in a "
+            f"block; the first is {stems[0]!r}",
             path=path,
         )
     return chosen[0]
@@ -63,7 +64,7 @@ def _refuse(rule: BlockRule, family: str, path: str) -> NoReturn:
     else:
         what = f"{len(rule.values)} values are for {LAYOUTS[len(rule.values)].meant}"
     raise UsageError(
-        f"--module-weights {rule.text!r}: {what}, and the modules are those of {model}",
+        f"--module-weights {shown(rule.text)}: {what}, and the modules are those of {model}",
         path=path,
         hint=f"give {known} values",
     )
@@ -83,7 +84,7 @@ def _refuse_block(
     ]
     more = f"give {longer[0]} values" if longer else "'re:REGEX: …' gives weights by name"
     raise UsageError(
-        f"--module-weights {rule.text!r}: the vector of {length} has no value for "
+        f"--module-weights {shown(rule.text)}: the vector of {length} has no value for "
         f"{block(stem, flux=flux)} (web UIs take 0 there, sd-scripts takes 1)",
         path=path,
         module=stem,
