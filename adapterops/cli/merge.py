@@ -26,7 +26,7 @@ DEFAULT_OUTPUT = "merged"
 @method_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of methods that draw.")
 @rank_options
-@click.option("--normalize", is_flag=True, help="Divide the weights by their sum.")
+@click.option("--normalize", is_flag=True, help="Divide -w by its sum; not --module-weights.")
 @adapter_options
 @run_options
 def command(

@@ -63,7 +63,7 @@ def merge(
         activations: a file of the inputs of modules, or one for each adapter, of regmean.
         module_weights: weights of single modules: "layers 0-7: 1,0", "re:REGEX: 0.9,0.1",
             "attn: 0.7,0.3", "blocks[NAME]=1,0,…"; the last that matches counts.
-        normalize: divide the weights by their sum.
+        normalize: divide the weights by their sum; those of single modules stay as they are.
         rank: uniform rank of the output, or "same" for the largest rank among the inputs. Without
             any of rank, energy, max_error and size nothing is cut off.
         energy: keep this share of Σσ² of the whole adapter, at the smallest uniform rank.
