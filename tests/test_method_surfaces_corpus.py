@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import adapterops as ao
 from adapterops.activations import write_activations
@@ -23,7 +24,7 @@ from adapterops.rules.registry import METHODS
 from tests import kinds
 from tests.conftest import CORPUS
 from tests.method_surfaces import SPACES, WEIGHTS, Case, assert_one, every_surface, options
-from tests.support import write_kohya, write_peft
+from tests.support import write_peft
 
 pytestmark = pytest.mark.long
 
@@ -87,24 +88,26 @@ def moved(name: str, inside: str = "") -> Callable[[Path], Sequence[Path]]:
 
 
 def as_kohya(folder: Path) -> Sequence[Path]:
-    """The attention adapter in kohya's names beside LoCon of convolutions, twice."""
+    """The attention adapter in kohya's names, moved a little, beside LoCon of convolutions."""
     [source] = copies(f"{ATTENTION}.safetensors")(folder)
     ao.convert(source, to="kohya", out=folder / "plain.safetensors")
-    found = []
+    plain, found = load_file(folder / "plain.safetensors"), []
     for seed, name in enumerate(("one", "two")):
         rng = np.random.default_rng(seed)
-        pairs = {
-            f"lora_unet_down_blocks_{block}_resnets_0_conv{number}": (
-                rng.standard_normal((320, 2, 1, 1)).astype(np.float32),
-                (0.01 * rng.standard_normal((2, 320, 3, 3))).astype(np.float32),
-            )
-            for block, number in ((0, 1), (0, 2), (1, 1))
+        tensors = {
+            key: value * rng.uniform(0.5, 1.5, value.shape).astype(value.dtype)
+            if "lora_up" in key
+            else value
+            for key, value in plain.items()
         }
-        convolutions = write_kohya(folder / f"{name}-conv.safetensors", pairs, alpha=1.0)
-        scaled = [0.5 + seed, 1.0]
-        out = folder / f"{name}.safetensors"
-        ao.merge([folder / "plain.safetensors", convolutions], scaled, out=out)
-        found.append(out)
+        for block, number in ((0, 1), (0, 2), (1, 1)):
+            stem = f"lora_unet_down_blocks_{block}_resnets_0_conv{number}"
+            up, down = rng.standard_normal((320, 2, 1, 1)), rng.standard_normal((2, 320, 3, 3))
+            tensors[f"{stem}.lora_up.weight"] = (0.01 * up).astype(np.float32)
+            tensors[f"{stem}.lora_down.weight"] = down.astype(np.float32)
+            tensors[f"{stem}.alpha"] = np.array(1, np.float32)
+        save_file(tensors, folder / f"{name}.safetensors")
+        found.append(folder / f"{name}.safetensors")
     return found
 
 
