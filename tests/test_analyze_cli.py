@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -60,12 +61,26 @@ def test_command(fleet: Path) -> None:
     assert [one["name"] for one in report["inputs"]] == ["a", "b"]
 
 
+def test_what_a_merge_asks_for_is_in_the_command(corpus: Path, tmp_path: Path) -> None:
+    """Heads that differ, and pickles: real checkpoints, and what the command makes of them."""
+    heads = [
+        corpus / "paulohenriquecrs__RoBERTa_SEQ_CLS_LoRA_Portuguese" / f"checkpoint-{step}"
+        for step in (500, 8610)
+    ]
+    image = corpus / "catundchat__stable-diffusion-v1.5-lora" / "pytorch_lora_weights"
+    pickled = [image.with_suffix(".bin"), image.with_suffix(".safetensors")]
+    for pair, words in ((heads, "--extras first"), (pickled, "--allow-pickle")):
+        given = [*pair, "--samples", 10, "--json", *(["--allow-pickle"] * (pair is pickled))]
+        found = json.loads(run("analyze", *given, cwd=tmp_path).stdout)["suggestion"]
+        assert found["command"].endswith(words)
+        assert any("heads, biases" in why for why in found["reasons"]) == (pair is heads)
+        run(*shlex.split(found["command"])[1:], "-o", pair[0].stem, cwd=tmp_path)
+
+
 def test_every_command_that_is_suggested_runs(fleet: Path) -> None:
     report = json.loads(run("analyze", "a", "big one", "--json", cwd=fleet).stdout)
     commands = [report["suggestion"]["command"], *(c for _, c in report["suggestion"]["others"])]
     assert len(commands) == 3 and any("'big one'" in command for command in commands)
-    import shlex
-
     for number, command in enumerate(commands):
         name, *words = shlex.split(command)
         assert name == "adapterops"

@@ -51,6 +51,11 @@ def suggest(found: Found) -> Suggestion:
     live = [one for one in found.inputs if not one.zero and one.weight]
     others: list[tuple[str, str]] = []
     rank = _rank(found, reasons)
+    if found.options.get("extras"):
+        reasons.append(
+            "heads, biases or token rows differ: --extras first takes the first adapter's; average "
+            "and drop are the others"
+        )
     if found.cancels:
         reasons.append("with these weights the adapters cancel: the sum is zero up to rounding")
     if zeros := [one.name for one in found.inputs if one.zero]:
@@ -191,6 +196,10 @@ def _command(
             words += ["--alpha", f"{path}={value:g}"]
     elif alpha is not None:
         words += ["--alpha", f"{alpha:g}"]
+    if found.options.get("extras"):
+        words += ["--extras", "first"]
+    if found.options.get("allow_pickle"):
+        words += ["--allow-pickle"]
     return shlex.join(words)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from adapterops.adapter import Adapter
 from adapterops.analysis import candidates, kernel
 from adapterops.analysis.building import Given, build
 from adapterops.analysis.kernel import Figures, Settings
@@ -17,7 +18,8 @@ from adapterops.difference.names import names
 from adapterops.difference.task import Dense, FullDelta, Task, plan_task
 from adapterops.difference.tiles import Tile
 from adapterops.errors import IncompatibleError, UnsupportedError, UsageError
-from adapterops.inputs import Input, open_inputs
+from adapterops.extras import plan_extras
+from adapterops.inputs import Input, flat, open_inputs
 from adapterops.options import as_seed, check_weights, compute, is_whole
 from adapterops.stream import Job
 from adapterops.sums import is_dense
@@ -88,6 +90,7 @@ def analyze(
         )
         found = _figures(task, settings)
         deltas = _deltas(task, full, checked)
+        extras = _differ(opened, checked.tolist())
         for file in files:
             for source in file.sources:
                 source.check_unchanged()
@@ -95,8 +98,17 @@ def analyze(
         for file in files:
             for source in file.sources:
                 source.close()
-    said = {"modules": modules, "alpha": alpha}
+    said = {"modules": modules, "alpha": alpha, "allow_pickle": allow_pickle, "extras": extras}
     return build(task, found, deltas, settings, Given(called, said, weights is not None))
+
+
+def _differ(adapters: Sequence[Adapter], weights: Sequence[float]) -> bool:
+    """Whether heads, biases or token rows differ, so that a merge asks which to take."""
+    try:
+        plan_extras(*flat(adapters, weights), "error", str)
+    except IncompatibleError:
+        return True
+    return False
 
 
 def _figures(task: Task, settings: Settings) -> list[Figures]:
