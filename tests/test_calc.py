@@ -88,22 +88,6 @@ class TestAsPython:
     def test_weighted_sums_have_the_same_terms(self, opened, text, python):
         assert value(text, opened).terms == python(*opened.values()).terms
 
-    @pytest.mark.parametrize("name", sorted(METHODS))
-    def test_methods_are_what_combine_makes(self, folder, tmp_path, name):
-        given: dict[str, str] = {}
-        if "activations" in METHODS[name].needs:
-            rng = np.random.default_rng(0)
-            samples = {s: ("samples", rng.standard_normal((9, 20))) for s in SHAPES}
-            write_activations(tmp_path / "x.safetensors", samples, tokens=9, model="tiny/base")
-            given = {"activations": str(tmp_path / "x.safetensors")}
-        keyword, parameters = ("rank=2, ", {"rank": 2}) if name == "svd" else ("", {})
-        paths = {each: folder / each for each in "ac"}  # of one rank, as peft_linear wants them
-        text = f"{name}(a, c, {keyword}weights=[0.75, 0.5])"
-        ao.calc(text, paths, out=tmp_path / "calc", max_error=0.9, **given)
-        same = combine(name, paths.values(), [0.75, 0.5], parameters=parameters, **given)
-        same.save(tmp_path / "same", max_error=0.9)
-        assert tensors(tmp_path / "calc") == tensors(tmp_path / "same")
-
     @pytest.mark.parametrize(
         ("text", "options"),
         [
