@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import adapterops as ao
+from adapterops.activations import write_activations
 from adapterops.cli import app
 from adapterops.errors import UsageError
 from adapterops.render.methods import page, table
 from adapterops.rules.laws import BREACHES, LAWS
 from adapterops.rules.registry import METHODS, find
+from tests.inspecting import call
+from tests.support import pairs, write_peft
 
 NAMES = [one.name for one in ao.methods()]
 
@@ -68,6 +73,19 @@ def test_what_the_page_says_can_be_given(name: str):
             assert values[parameter.name] == parameter.default
         row = next(line for line in text.split("\n") if line.startswith(f"{parameter.name} "))
         assert parameter.range in row and parameter.meaning in plain
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_of_the_page_runs(name: str, tmp_path):
+    [example] = re.findall(r"for example: adapterops (.*)", page(ao.methods(name)[0]))
+    shapes = {"model.layers.0.q_proj": (30, 24)}
+    rng = np.random.default_rng(0)
+    for seed, each in enumerate("ab"):
+        write_peft(tmp_path / each, pairs(seed, shapes, 3))
+        samples = {stem: ("samples", rng.standard_normal((9, 24))) for stem in shapes}
+        write_activations(tmp_path / f"{each}.safetensors", samples, tokens=9, model="tiny/base")
+    call(*shlex.split(example), cwd=tmp_path)
+    assert (tmp_path / "merged" / "adapter_model.safetensors").is_file()
 
 
 def test_the_table_names_everything():

@@ -76,6 +76,7 @@ def command(
     rank: 8                     - {model: code, parameters: {weight: 0.7}}
     out: small                  - {model: docs, parameters: {weight: 0.3}}
                               parameters: {density: 0.2}
+                              space: knots
                               out: merged
 
     Keys are the verb's parameters in Python, or mergekit's; paths are relative to the recipe. What

@@ -104,6 +104,8 @@ def _example(one: MethodInfo) -> str:
     for parameter in one.parameters[:1]:
         default = "16" if parameter.default is None else _text(parameter.default)
         words += ["--param", f"{parameter.name}={default}"]
+    if one.spaces:  # entries of ΔW itself are of full rank: they need a rank, or bake
+        words += ["--space", "knots"]
     if "activations" in one.needs:
         words += ["--activations", "a.safetensors", "--activations", "b.safetensors"]
     return shlex.join([*words, "-o", "merged"])
