@@ -22,7 +22,8 @@ class MethodFigures:
     directions; `gap` is σ_{k+1}/σ_k there, near 1 where the choice is arbitrary, 0 where nothing
     had to go. `fit` is the share of the adapters' energy in common subspaces, and a bound of what
     any could hold. Of elementwise methods `near` counts entries within 2⁻²⁰ of a limit, which
-    rounding may have put on either side. `notes` are warnings.
+    rounding may have put on either side; for limits of a whole adapter, with its first module.
+    `notes` are warnings.
     """
 
     name: str

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from adapterops.align import align, check_coefficient
-from adapterops.derived.combination import Combination, Source
+from adapterops.derived.combination import Combination, Source, gives_rows
 from adapterops.derived.rule import Rule
-from adapterops.errors import NumericsError, UnsupportedError
+from adapterops.derived.whole import Whole
+from adapterops.errors import NumericsError, UnsupportedError, UsageError
 from adapterops.formats.kinds import KINDS
 from adapterops.formats.model import AdapterFile, Site, leaves
 from adapterops.metric import Inputs
-from adapterops.plan import Module
+from adapterops.plan import Module, Plan
 from adapterops.provenance import distinct, label_of
 
 
@@ -50,9 +53,14 @@ def derived(
             module=delta.name,
             hint="leave it out with --modules, or merge by linear",
         )
+    if rule.is_whole:
+        _check_weights(plan, name)
     labels = distinct([label_of(file) for file in files])
+    whole = Whole(rule, np.array(weights)) if rule.is_whole else None
     sites = {
-        module.source: _site(module, _sources(module, files, weights, labels, name, inputs), rule)
+        module.source: _site(
+            module, _sources(module, files, weights, labels, name, inputs), rule, whole
+        )
         for module in plan.modules
     }
     first = files[0]
@@ -73,6 +81,19 @@ def derived(
         made_by={key: value for key, value in rule.record.items() if value is not None},
         label=f"{name}({', '.join(labels)})",
     )
+
+
+def _check_weights(plan: Plan, name: str) -> None:
+    """Raise UsageError where an adapter has several weights, and the rule looks at all of it."""
+    for module in plan.modules:
+        for part in module.parts:
+            if part.site.factor != 1.0:
+                raise UsageError(
+                    f"{name} with scope=adapter takes one weight for each adapter",
+                    path=plan.inputs[part.input].path,
+                    module=module.stem,
+                    hint="leave out --module-weights, or scope=adapter",
+                )
 
 
 def _sources(
@@ -113,13 +134,17 @@ def _sources(
     return tuple(sources)
 
 
-def _site(module: Module, sources: tuple[Source, ...], rule: Rule) -> Site:
+def _site(module: Module, sources: tuple[Source, ...], rule: Rule, whole: Whole | None) -> Site:
     first = module.parts[0].site
-    rank = _width(sources, rule, module.shape)
+    by_rows = gives_rows(rule, [source.site for source in sources])
+    rank = min(module.shape) if by_rows else _width(sources, rule, module.shape)
+    made = Combination(rule, module.stem, module.shape, rank, sources, whole)
+    if whole:
+        whole.modules.append(made)
     return Site(
         stem=first.stem,
         dialect=module.dialect,
-        kind="elementwise" if rule.is_dense else "derived",
+        kind="elementwise" if by_rows else "derived",
         layer=module.layer,
         shape=module.shape,
         kernel=module.kernel,
@@ -132,14 +157,12 @@ def _site(module: Module, sources: tuple[Source, ...], rule: Rule) -> Site:
         meant=first.meant,
         scale=1.0,
         scale_from=rule.method.name,
-        made=Combination(rule, module.stem, module.shape, rank, sources),
+        made=made,
     )
 
 
 def _width(sources: Sequence[Source], rule: Rule, shape: tuple[int, int]) -> int:
     """Columns that the result's factors may take."""
-    if rule.is_dense:
-        return min(shape)
     ranks = [source.site.rank if source.site else 0 for source in sources]
     if rule.method.signature == "gram" and rule.calibrate != "svc":
         return sum(ranks)

@@ -22,7 +22,7 @@ from adapterops.errors import (
     UsageError,
 )
 from adapterops.factors import Factors
-from adapterops.rules import draws, modify
+from adapterops.rules import canonical, draws, modify
 from adapterops.rules.registry import METHODS
 from tests import rules_dense_elements as elements
 from tests.support import dense, load_file, pairs, write_kohya, write_peft
@@ -83,7 +83,7 @@ def test_a_method_in_factors_is_that_of_the_dense_changes(name, three, tmp_path)
         D = np.stack([each[module] for each in changes])
         if method.signature == "gram":
             G = np.einsum("imn,jmn->ij", D, D)
-            expected = np.tensordot(method.function(G, w, **values), D, 1)
+            expected = np.tensordot(method.function(G, w, **method.arguments(values)), D, 1)
         else:
             noise = np.full(len(D), 1e-9)
             expected = method.function(D, w, noise, **values).core
@@ -595,3 +595,16 @@ def test_entries_at_a_limit_are_counted(tmp_path):
     report = ao.merge(folder, out=tmp_path / "t", method="ties", rank=8)
     assert report.modules["m.q_proj"].methods[0].near == 40 * 30 - 1
     assert any("1,199 entries lie within" in text for text in report.notes)
+
+
+def test_knots_of_more_columns_than_the_module_has_inputs(tmp_path):
+    """U of [D₁ | … | D_T] has more columns than the result has a rank."""
+    shapes = {"layers.0.gate": (40, 5)}
+    folders = [write_peft(tmp_path / f"n{i}", pairs(i, shapes, 4), alpha=4.0) for i in range(3)]
+    changes = np.stack([dense(pairs(i, shapes, 4))["layers.0.gate"] for i in range(3)])
+    given = {"density": 1.0, "normalize": False}
+    found = combine("ties", folders, parameters=given, space="knots")["layers.0.gate"]
+    U = canonical.knots([ao.open_adapter(folder)["layers.0.gate"] for folder in folders])[0]
+    assert U.shape[1] > 5
+    expected = U @ elements.ties(U.T @ changes, np.ones(3), None, density=1.0, normalize=False)
+    close(found.dense(), expected)

@@ -114,7 +114,7 @@ def test_methods_on_dense_changes_use_a_sample_and_need_none(tmp_path, monkeypat
 
     helped = found()
     assert len(taken) == 1 and taken[0] is not None
-    monkeypatch.setattr(elementwise, "_LEAST_SAMPLED", 1 << 20)
+    monkeypatch.setattr(elementwise, "LEAST_SAMPLED", 1 << 20)
     alone = found()
     assert len(taken) == 1
     assert (helped.at == alone.at).all() and (helped.near == alone.near).all()

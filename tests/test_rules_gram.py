@@ -29,7 +29,7 @@ def deltas(seed: int, count: int, shared: float = 0.7) -> list[np.ndarray]:
 
 def run(name: str, D: list[np.ndarray], w: list[float], **given: object) -> np.ndarray:
     one = find(name)
-    c = one.function(dense.gram(D), np.array(w), **one.values(given))
+    c = one.function(dense.gram(D), np.array(w), **one.arguments(one.values(given)))
     assert c.shape == (len(D),) and np.isfinite(c).all()
     return np.tensordot(c, np.stack(D), 1)
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapterops.derived.rule import Combined, Rule, combined, counted
+from adapterops.derived.grid import voting
+from adapterops.derived.rule import Combined, Rule, combined
 from adapterops.factors import Factors
 from adapterops.geometry import beta
 from adapterops.rules import streamed
@@ -136,10 +137,10 @@ def entries(
     values: dict[str, Any],
 ) -> Array:
     """An elementwise method on blocks of rows of the deltas."""
-    own, w, labels, _ = counted(members, w, list(labels), np.zeros(len(w)))
+    own = voting(members, w)
     if not own:
         return np.zeros((M, N))
-    D = np.stack([one.dense() for one in own])
+    D, w, labels = np.stack([members[i].dense() for i in own]), w[own], [labels[i] for i in own]
 
     def blocks() -> Any:
         return iter([D[:, at : at + 7] for at in range(0, M, 7)])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -13,17 +13,30 @@ from adapterops import linalg
 from adapterops.arrays import Array, host, put
 from adapterops.casts import FORMATS
 from adapterops.certificate import MethodFigures
-from adapterops.derived.elementwise import BLOCK_ROWS, Elementwise
-from adapterops.derived.rule import Combined, Rule, beside_limits, combined, storage_noise
+from adapterops.derived.elementwise import LEAST_SAMPLED, Elementwise
+from adapterops.derived.grid import BLOCK_ROWS, OnGrid, voting
+from adapterops.derived.rule import (
+    Combined,
+    Rule,
+    bases,
+    beside_limits,
+    calibrated,
+    combined,
+    entries,
+    products,
+    storage_noise,
+)
+from adapterops.derived.weighted import Weighted
+from adapterops.derived.whole import Whole
 from adapterops.errors import AdapterOpsError
 from adapterops.factors import Factors
-from adapterops.formats.kinds import split
 from adapterops.formats.model import AdapterFile, Read, Ref, Site
 from adapterops.metric import Inputs
 from adapterops.rules import limits, modify
 from adapterops.rules.registry import Limits, Pair
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,17 @@ class Source:
     weight: float
     label: str
     inputs: Inputs | None = None
+
+
+def gives_rows(rule: Rule, sites: Iterable[Site | None]) -> bool:
+    """Whether a rule's result, of these sites, is of any rank and known by its rows alone."""
+    if rule.method.signature != "gram" or rule.calibrate:
+        return rule.is_dense
+    return any(_by_rows(site) for site in sites if site)
+
+
+def _by_rows(site: Site) -> bool:
+    return site.made is not None and site.kind == "elementwise"
 
 
 def _types(site: Site | None) -> set[str]:
@@ -71,7 +95,8 @@ class _Seen:
 class Combination:
     """A rule and what it is applied to; `rank` is how many columns it gives, zero-padded.
 
-    What an elementwise rule has to know of whole matrices is found once, whoever asks.
+    What a rule has to know of whole matrices is found `once`, whoever asks; `whole` finds what it
+    has to know of all modules, of rules of that scope.
     """
 
     rule: Rule
@@ -79,6 +104,7 @@ class Combination:
     shape: tuple[int, int]
     rank: int
     sources: tuple[Source, ...]
+    whole: Whole | None = None
     known: dict[str, object] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -87,19 +113,43 @@ class Combination:
         """The widest type of its sources."""
         return max(self._formats, key=lambda name: (FORMATS[name].bits, name))
 
+    def once(self, what: str, find: Callable[[], Found]) -> Found:
+        """What `find` gives, asked for the first time."""
+        with self.lock:
+            if what not in self.known:
+                self.known[what] = find()
+            return cast(Found, self.known[what])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the result is known by its rows alone."""
+        return gives_rows(self.rule, (source.site for source in self.sources))
+
     @property
     def peak(self) -> int:
         """Bytes that making it needs at most: adapters side by side, their cores or blocks."""
+        return self.alone + (self.whole.peak if self.whole else 0)
+
+    @property
+    def alone(self) -> int:
+        """`peak` without what has to be known of other modules."""
         sites = [source.site for source in self.sources if source.site]
         (m, n), count, ranks = self.shape, len(sites), sum(site.rank for site in sites)
         within = max((site.made.peak for site in sites if site.made), default=0)
-        if self.rule.is_dense:
-            blocks = 4 * (2 * count + 10) * BLOCK_ROWS * n
-            return within + 12 * (m + n) * ranks + blocks + limits.peak(count, m * n, 32)
+        if self.is_dense:
+            ranks = sum(site.rank for site in sites if not _by_rows(site))
+            blocks = (4 * (2 * count + 10) if self.rule.is_dense else 16 * count) * BLOCK_ROWS * n
+            found = within + (12 if self.rule.is_dense else 8) * (m + n) * ranks + blocks
+            if not self.rule.method.ranked:
+                return found
+            sampled = min(m, n) >= LEAST_SAMPLED and not any(map(_by_rows, sites))
+            return found + limits.peak(count, m * n, 32, sampled=sampled)
         side = min(ranks, max(m, n))
-        entries = min(side, m) * (n if self.rule.space == "knots" else side)  # of a core or block
-        found = within + 8 * (6 * (m + n) * ranks + 8 * side * side + 5 * count * entries)
-        return found + (limits.peak(count, entries, 64) if self.rule.method.spaces else 0)
+        numbers = min(side, m) * (n if self.rule.space == "knots" else side)  # of a core or block
+        found = within + 8 * (6 * (m + n) * ranks + 8 * side * side + 5 * count * numbers)
+        if not self.rule.method.ranked:
+            return found
+        return found + limits.peak(count, numbers, 64, sampled=False)
 
     @property
     def _formats(self) -> list[str]:
@@ -129,14 +179,25 @@ class Combination:
 
     def members(self, raw: Read = Ref.raw) -> list[Factors]:
         """The sources' deltas, scales folded in, weights not; on the host."""
-        found = []
-        for source in self.sources:
-            if source.site is None:
-                found.append(Factors(np.zeros((self.shape[0], 0)), np.zeros((0, self.shape[1]))))
-                continue
-            B, A = source.site.factors("cpu", raw)
-            found.append(Factors(host(B), host(A) * source.site.scale))
-        return found
+        return [self._factors(source.site, raw) for source in self.sources]
+
+    def sides(self) -> list[Factors | OnGrid]:
+        """The same, but those that are known by their rows as that."""
+        operators = [
+            source.site.made.operator() if source.site and source.site.made else None
+            for source in self.sources
+        ]
+        return [
+            operator or self._factors(source.site)
+            for operator, source in zip(operators, self.sources, strict=True)
+        ]
+
+    def _factors(self, site: Site | None, raw: Read = Ref.raw) -> Factors:
+        """A module's delta, of no columns where an adapter lacks it."""
+        if site is None:
+            return Factors(np.zeros((self.shape[0], 0)), np.zeros((0, self.shape[1])))
+        B, A = site.factors("cpu", raw)
+        return Factors(host(B), host(A) * site.scale)
 
     def noise(self, members: Sequence[Factors]) -> Vector:
         """(T,) what rounding factors to their types is expected to have done to each delta."""
@@ -156,7 +217,28 @@ class Combination:
             self.labels,
             self.stem,
             self.rank,
+            self.whole.known if self.whole else None,
         )
+
+    def gram(self) -> np.ndarray[Any, Any]:
+        """(T, T) inner products of the sources, after --calibrate pico, of a Gram method."""
+        if self.is_dense:
+            return Weighted(self).gram()
+        members = self.members()
+        if self.rule.calibrate == "pico":
+            members = calibrated(members, self.weights)
+        return products(bases(members)[2])
+
+    def entries(self) -> tuple[list[int], Iterable[np.ndarray[Any, Any]]]:
+        """Who has a vote, and blocks (T, rows, columns) of their entries, of elementwise rules."""
+        if self.rule.is_dense:
+            found = Elementwise(self)
+            return found.own, found.blocks()
+        members = self.members()
+        own = voting(members, self.weights)
+        if not own:
+            return own, []
+        return own, [entries(self.rule, [members[i] for i in own])[2]]
 
     def _of_pairs(self, raw: Read) -> Combined:
         """What a rule for the factor pairs themselves gives, of the adapters with the module."""
@@ -176,9 +258,10 @@ class Combination:
 
     def factors(self, device: str, raw: Read) -> tuple[Array, Array]:
         """B (out, rank) and A (rank, in) in float64; of a dense one the matrix and an identity."""
-        if self.rule.is_dense:
-            B, A = split(Elementwise(self).rows(0, self.shape[0]))
-            return put(B, device), put(A, device)
+        operator = self.operator()
+        if operator is not None:
+            whole = operator.factors()
+            return put(whole.B, device), put(whole.A, device)
         try:
             found = self.result(raw)
         except AdapterOpsError as error:
@@ -192,7 +275,7 @@ class Combination:
     def _said(self, found: Combined) -> MethodFigures:
         name, cored = self.rule.method.name, found.cored
         if cored is None:
-            return MethodFigures(name, near=found.near)
+            return MethodFigures(name, near=self._near_all if self.whole else found.near)
         return MethodFigures(name, cored.cut, cored.rank, cored.gap, cored.fit, None, cored.notes)
 
     @property
@@ -203,8 +286,16 @@ class Combination:
             return found
         limits = self.known.get("limits")
         near = beside_limits(limits) if isinstance(limits, Limits) else None
-        return MethodFigures(self.rule.method.name, near=near)
+        return MethodFigures(self.rule.method.name, near=self._near_all if self.whole else near)
 
-    def operator(self) -> Elementwise | None:
-        """The rows of a dense rule, None where there are factors."""
-        return Elementwise(self) if self.rule.is_dense else None
+    @property
+    def _near_all(self) -> int | None:
+        """Entries of all modules beside a limit, which are counted with the first one."""
+        whole = self.whole
+        return whole.near if whole and whole.modules[0] is self else None
+
+    def operator(self) -> OnGrid | None:
+        """The result by its rows, None where there are factors."""
+        if not self.is_dense:
+            return None
+        return Elementwise(self) if self.rule.is_dense else Weighted(self)

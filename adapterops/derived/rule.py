@@ -2,7 +2,8 @@
 
 `combined` gives the result as factors: Gram methods as a weighted stack of columns, spectral ones
 as a core between orthonormal bases, elementwise ones in the canonical bases of Core space or KnOTS.
-Elementwise methods on dense matrices are `elementwise`.
+Elementwise methods on dense matrices are `elementwise`, Gram methods of those `weighted`; what is
+known of all modules of an adapter together comes from `whole`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from adapterops import casts, linalg
+from adapterops.derived.grid import voting
 from adapterops.errors import UsageError
 from adapterops.factors import Factors
 from adapterops.rules import canonical, draws, modify, streamed
 from adapterops.rules.orthonormal import orthonormal
-from adapterops.rules.registry import Cored, Limits, Method, Value
+from adapterops.rules.registry import SCOPE, Cored, Limits, Method, Value
 
 Space = Literal["dense", "core", "knots"]
 Calibration = Literal["pico", "svc"]
@@ -85,8 +87,18 @@ class Rule:
         }
 
     @property
+    def arguments(self) -> dict[str, Value]:
+        """The values that the method itself takes."""
+        return self.method.arguments(self.values)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the method looks at all modules of an adapter together."""
+        return self.values.get(SCOPE.name) == "adapter"
+
+    @property
     def is_dense(self) -> bool:
-        """Whether the result is a matrix of any rank, known by its rows."""
+        """Whether the result is a matrix of any rank, known by its rows, whatever it is made of."""
         return self.method.signature == "elements" and self.space == "dense"
 
 
@@ -100,6 +112,19 @@ class Combined:
     near: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of all modules together: coefficients (T,), or limits of all T adapters."""
+
+    shares: Matrix | None = None
+    limits: Limits | None = None
+
+    def of(self, own: Sequence[int]) -> Limits:
+        """The limits of some of the adapters."""
+        assert self.limits is not None
+        return Limits(self.limits.at[own], self.limits.near[own])
+
+
 def combined(
     rule: Rule,
     members: Sequence[Factors],
@@ -108,51 +133,74 @@ def combined(
     labels: Sequence[str],
     module: str,
     width: int,
+    known: Known | None = None,
 ) -> Combined:
     """The result of a rule that is not dense, of T members with weights (T,), of rank `width`.
 
     `noise` (T,) bounds ‖Dᵢ as stored − Dᵢ as trained‖. An adapter that lacks the module has no
-    columns. Raises what the method raises.
+    columns. What is `known` of all modules is not found again. Raises what the method raises.
     """
-    values, shape, near = dict(rule.values), members[0].shape, None
+    shape, near, cored = members[0].shape, None, None
+    right: Matrix | None
     match = _matching(rule, members, weights)
     if rule.calibrate == "pico":
         members = calibrated(members, weights)
     if rule.method.signature == "gram":
-        modified = rule.calibrate == "svc" or rule.match_norm is not None
-        if not (modified or rule.method.measures):
-            return _stacked(members, np.asarray(rule.method.function(None, weights, **values)))
-        left, right, M = bases(members)  # products of the factors themselves hear their gauge
-        flat = M.reshape(len(M), -1)
-        shares = np.asarray(rule.method.function(flat @ flat.T, weights, **values))
+        shares = known.shares if known else None
+        if not rule.method.measures:
+            shares = coefficients(rule, None, weights)
+        if shares is not None and rule.calibrate != "svc" and rule.match_norm is None:
+            return _stacked(members, shares)
+        left, right, M = bases(members)
+        if shares is None:
+            shares = coefficients(rule, products(M), weights)
         core = np.tensordot(shares, M, 1)
         if rule.calibrate != "svc":
             return _stacked(members, shares * match(core))
     elif rule.method.signature == "core":
         left, right, M = bases(members)
-        found: Cored = rule.method.function(M, weights, noise, **values)
-        core = found.core
+        cored = rule.method.function(M, weights, noise, **rule.arguments)
+        core = cored.core
     else:
-        members, weights, labels, noise = counted(members, weights, labels, noise)
-        if not members:
+        own = voting(members, weights)
+        if not own:
             return Combined(np.zeros((shape[0], 0)), np.zeros((0, shape[1])))
-        if rule.space == "core":
-            left, right, M = canonical.core_bases(members)
-        else:
-            left, M = canonical.knots(members)
-            right = None
-        core, near = _elementwise(rule, M, weights, labels, module)
-    cored = found if rule.method.signature == "core" else None
+        left, right, M = entries(rule, [members[i] for i in own])
+        weights, noise = weights[own], noise[own]
+        limits = known.of(own) if known else None
+        core, near = _elementwise(rule, M, weights, [labels[i] for i in own], module, limits)
     if rule.calibrate == "svc":
         core = modify.svc(core, M, weights, noise, alpha=rule.method.least_response)
     core = core * match(core)
-    if right is None:
+    if right is None and len(core) <= width:
         return Combined(left, core, near=near)
     U, sizes, Vh = linalg.svd(core)
     kept = min(width, len(sizes))
     root = np.sqrt(sizes[:kept])
-    B, A = left @ (U[:, :kept] * root), (root[:, None] * Vh[:kept]) @ right.T
-    return Combined(B, A, cored, near)
+    B, A = left @ (U[:, :kept] * root), root[:, None] * Vh[:kept]
+    return Combined(B, A if right is None else A @ right.T, cored, near)
+
+
+def entries(rule: Rule, members: Sequence[Factors]) -> tuple[Matrix, Matrix | None, Matrix]:
+    """Canonical Q_B (m, k), Q_A (n, k') and the cores (T, k, k') whose entries a rule compares.
+
+    In KnOTS space Q_A is none, and the blocks are (T, k, n).
+    """
+    if rule.space == "core":
+        return canonical.core_bases(members)
+    left, blocks = canonical.knots(members)
+    return left, None, blocks
+
+
+def coefficients(rule: Rule, G: Matrix | None, weights: Matrix) -> Matrix:
+    """(T,) what a Gram method makes of G (T, T); it is None where the method asks nothing of it."""
+    return np.asarray(rule.method.function(G, weights, **rule.arguments))
+
+
+def products(M: Matrix) -> Matrix:
+    """G (T, T) of cores (T, k, k'): those of the factors themselves would hear their gauge."""
+    flat = M.reshape(len(M), -1)
+    return np.asarray(flat @ flat.T)
 
 
 def _stacked(members: Sequence[Factors], shares: Matrix) -> Combined:
@@ -200,14 +248,6 @@ def _largest(rows: Matrix) -> float:
     return math.sqrt(max(float(np.linalg.eigvalsh(rows @ rows.T)[-1]), 0.0))
 
 
-def counted(
-    members: Sequence[Factors], weights: Matrix, labels: Sequence[str], noise: Matrix
-) -> tuple[list[Factors], Matrix, list[str], Matrix]:
-    """Those that have a say in an elementwise rule: neither weight nor norm is 0."""
-    own = [i for i, one in enumerate(members) if weights[i] != 0 and one.rank and one.norm() > 0]
-    return [members[i] for i in own], weights[own], [labels[i] for i in own], noise[own]
-
-
 def bases(members: Sequence[Factors]) -> tuple[Matrix, Matrix, Matrix]:
     """Orthonormal Q_B (m, k), Q_A (n, k') and the cores M (T, k, k') of Dᵢ = Q_B Mᵢ Q_Aᵀ."""
     left, over = orthonormal(np.concatenate([one.B for one in members], 1))
@@ -228,24 +268,31 @@ def calibrated(members: Sequence[Factors], weights: Matrix) -> list[Factors]:
 
 
 def _elementwise(
-    rule: Rule, M: Matrix, weights: Matrix, labels: Sequence[str], module: str
-) -> tuple[Matrix, int]:
-    """The rule on cores or blocks (T, k, columns), which are held whole; entries near a limit."""
+    rule: Rule,
+    M: Matrix,
+    weights: Matrix,
+    labels: Sequence[str],
+    module: str,
+    known: Limits | None,
+) -> tuple[Matrix, int | None]:
+    """The rule on cores or blocks (T, k, columns), which are held whole; entries near a limit.
+
+    `known` are limits of more than this module, beside which entries are counted elsewhere.
+    """
     if not M.size:
-        return np.zeros(M.shape[1:]), 0
+        return np.zeros(M.shape[1:]), None if known else 0
     drawn = None
     if "seed" in rule.method.needs:
         drawn = partial(bits, rule.seed, tuple(labels), module, M.shape[2])
-    values = dict(rule.values)
-
+    values = rule.arguments
     step = max(1, _BLOCK // M.shape[2])
 
     def blocks() -> Any:
         return (M[:, start : start + step] for start in range(0, M.shape[1], step))
 
-    found = streamed.find_limits(rule.method, blocks, M[0].size, weights, values, drawn)
+    found = known or streamed.find_limits(rule.method, blocks, M[0].size, weights, values, drawn)
     rows = streamed.merged(rule.method, blocks, found, weights, values, drawn)
-    return np.concatenate(list(rows)), beside_limits(found)
+    return np.concatenate(list(rows)), None if known else beside_limits(found)
 
 
 def beside_limits(limits: Limits) -> int:

@@ -27,7 +27,7 @@ import numpy as np
 from adapterops.arrays import Array, host, namespace
 from adapterops.errors import UsageError
 from adapterops.rules import sparsify
-from adapterops.rules.registry import Limits, Parameter, Ranked, method
+from adapterops.rules.registry import SCOPE, Limits, Parameter, Ranked, method
 from adapterops.rules.votes import Ballot, Part, elected, summed
 
 _TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708 (trim, elect sign, disjoint merge)"
@@ -168,7 +168,7 @@ _DRAWN = Ranked(_no_ranks, totals=_norms)
     "elements",
     summary="The weighted sum of each adapter's largest entries.",
     reference="PEFT 0.21.2, peft/utils/merge_utils.py, magnitude_prune",
-    parameters=[_density(0.5)],
+    parameters=[_density(0.5), SCOPE],
     laws=["homogeneous", "linear"],
     ranked=Ranked(_trim_ranks),
 )
@@ -187,6 +187,7 @@ def magnitude_prune(X: Array, w: Array, limits: Limits, draws: Array, **p: Any) 
         _normalize(True),
         _LAMBDA,
         _MAJORITY,
+        SCOPE,
         _convention("peft", "mergekit"),
     ],
     laws=["homogeneous"],
@@ -195,8 +196,8 @@ def magnitude_prune(X: Array, w: Array, limits: Limits, draws: Array, **p: Any) 
 def ties(X: Array, w: Array, limits: Limits, draws: Array, **p: Any) -> Array:
     """λ·Σ wᵢzᵢ / Σ|wᵢ| over the entries of the elected sign, z trimmed per matrix.
 
-    The paper trims over all matrices of an adapter together, and takes the global majority where a
-    vote is tied.
+    The paper trims over all matrices of an adapter together, as `scope=adapter` does, and takes the
+    global majority where a vote is tied.
     """
     return _election(X, sparsify.above(X, limits.at), w, p)
 

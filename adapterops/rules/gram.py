@@ -1,8 +1,9 @@
 """Methods whose result is Σ cᵢDᵢ with coefficients that follow from G = (⟨Dᵢ, Dⱼ⟩) alone.
 
-G is (T, T), w (T,), the result c (T,), all float64 on the host; methods are applied module by
-module, flattened, as mergekit does. A negative weight turns its adapter round, its size is |w|;
-adapters of norm 0 or weight 0 are as if absent, their coefficient is 0 (w in `linear`).
+G is (T, T), w (T,), the result c (T,), all float64 on the host. G is of one module, flattened, as
+in mergekit, or with `scope=adapter` of all together: one c for the whole adapter. A negative weight
+turns its adapter round, its size is |w|; adapters of norm 0 or weight 0 are as if absent, their
+coefficient is 0 (w in `linear`).
 
 An angle is 2·atan2(‖x − y‖, ‖x + y‖) of the unit vectors x, y (Kahan, How futile are mindless
 assessments of roundoff, 2006, section 12), the squares of both from G. Those carry the rounding of
@@ -19,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 
 from adapterops.errors import NumericsError, UsageError
-from adapterops.rules.registry import Array, Parameter, method
+from adapterops.rules.registry import SCOPE, Array, Parameter, method
 
 _OPPOSITE = 1e-3  # radians below π
 _EPSILON = 2.0**-52
@@ -89,7 +90,7 @@ def linear(G: Array, w: Array, *, normalize: bool) -> Array:
     "gram",
     summary="The point at t of the arc between two adapters.",
     reference="Shoemake 1985, Animating rotation with quaternion curves, section 3.3",
-    parameters=[Parameter("t", "number", 0.5, "0 is the first, 1 the second", 0.0, 1.0)],
+    parameters=[Parameter("t", "number", 0.5, "0 is the first, 1 the second", 0.0, 1.0), SCOPE],
     laws=["identity", "homogeneous"],
     least=2,
     most=2,
@@ -107,6 +108,7 @@ def slerp(G: Array, w: Array, *, t: float) -> Array:
     "gram",
     summary="The arc between two adapters, at the second's share of the weights.",
     reference="Shoemake 1985, section 3.3; weights as in mergekit's nuslerp",
+    parameters=[SCOPE],
     laws=["identity", "copies", "homogeneous"],
     least=2,
     most=2,
@@ -136,6 +138,7 @@ def _between(G: Array, w: Array, t: float) -> Array:
     parameters=[
         Parameter("max_iter", "whole", 500, "steps at most", 1, 10**6),
         Parameter("tol", "number", 1e-10, "length of the last step, in radians", 0.0, 1.0),
+        SCOPE,
     ],
     laws=["identity", "copies", "homogeneous"],
 )
@@ -205,7 +208,7 @@ def _unit(x: Array, cosines: Array) -> Array:
     "gram",
     summary="The weighted sum, shortened the more the more the adapters disagree.",
     reference="Jang et al. 2024, Model stock, arXiv 2403.19522, equation 7",
-    parameters=[replace(NORMALIZE, default=True)],
+    parameters=[replace(NORMALIZE, default=True), SCOPE],
     laws=["identity", "copies", "homogeneous"],
 )
 def model_stock(G: Array, w: Array, *, normalize: bool) -> Array:

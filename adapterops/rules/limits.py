@@ -54,12 +54,12 @@ class Selected:
     near: Matrix
 
 
-def peak(count: int, total: int, bits: int) -> int:
+def peak(count: int, total: int, bits: int, *, sampled: bool) -> int:
     """Bytes that `limits` of so many matrices of `total` floats needs at most, beside blocks."""
     if total <= _SMALL:
         return count * total * (3 * bits // 8 + 8)
     tables = count * 2 * (8 << (16 if bits == 32 else 21))  # for each of two limits
-    return max(tables, 2 * brackets.peak(count, total, bits)) if bits == 32 else tables
+    return max(tables, 2 * brackets.peak(count, total, bits)) if sampled else tables
 
 
 def share(fraction: float, total: int) -> int:

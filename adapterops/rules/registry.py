@@ -115,6 +115,16 @@ class Parameter:
         return math.isfinite(value) and above and below
 
 
+# Not an argument of the method, but of who gathers what it looks at.
+SCOPE = Parameter(
+    "scope",
+    "text",
+    "module",
+    "whether each module is looked at alone, or all of an adapter together",
+    choices=("module", "adapter"),
+)
+
+
 def _parsed(text: str, kind: str) -> Any:
     if kind == "switch":
         return {"true": True, "false": False}.get(text.strip().lower(), text)
@@ -217,6 +227,10 @@ class Method:
         if self.check:
             self.check(**values)
         return values
+
+    def arguments(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Those of all `values` that the function takes."""
+        return {name: value for name, value in values.items() if name != SCOPE.name}
 
     def check_count(self, count: int) -> None:
         """Raise UsageError where the method does not take so many adapters."""
