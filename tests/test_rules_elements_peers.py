@@ -110,6 +110,8 @@ def test_peft_rounds_the_number_of_entries_down(peft):
     D = adapters(1, 3, 3, dtype=np.float32)
     assert (peft_result(peft.magnitude_prune, D, [1.0], 0.3) != 0).sum() == 2
     assert (run("magnitude_prune", D, [1], density=0.3) != 0).sum() == 3
+    followed = run("magnitude_prune", D, [1], density=0.3, convention="peft")
+    assert (followed != 0).sum() == 2
     assert (run("ties", D, [1], density=0.3, convention="peft") != 0).sum() == 2
 
 

@@ -81,7 +81,7 @@ def _della_parameters(*, normalize: bool) -> list[Parameter]:
 
 
 def _trim_ranks(total: int, **p: Any) -> tuple[int, ...]:
-    return (sparsify.kept(p["density"], total, p.get("convention", "adapterops")),)
+    return (sparsify.kept(p["density"], total, p["convention"]),)
 
 
 def _middle_ranks(total: int, **p: Any) -> tuple[int, ...]:
@@ -168,12 +168,12 @@ _DRAWN = Ranked(_no_ranks, totals=_norms)
     "elements",
     summary="The weighted sum of each adapter's largest entries.",
     reference="PEFT 0.21.2, peft/utils/merge_utils.py, magnitude_prune",
-    parameters=[_density(0.5), SCOPE],
+    parameters=[_density(0.5), SCOPE, _convention("peft")],
     laws=["homogeneous", "linear"],
     ranked=Ranked(_trim_ranks),
 )
 def magnitude_prune(X: Array, w: Array, limits: Limits, draws: Array, **p: Any) -> Array:
-    """Σ wᵢ·(Dᵢ where |Dᵢ| is among its density·N largest)."""
+    """Σ wᵢ·(Dᵢ where |Dᵢ| is among its density·N largest), rounded down by peft."""
     return summed(X, sparsify.trimmed(X, limits.at), host(w).tolist())
 
 
