@@ -35,22 +35,19 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's o
 
 @pytest.fixture(scope="module")
 def examples():
-    """The example scripts' own functions."""
+    """The example script's own functions."""
     sys.path.insert(0, str(EXAMPLES))
     try:
-        import smollm2
         import verify_on_model
     finally:
         sys.path.remove(str(EXAMPLES))
-    return SimpleNamespace(smollm2=smollm2, verify=verify_on_model)
+    return verify_on_model
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, examples):
+def base(smollm2):
     """The model as an ordinary bfloat16 checkpoint."""
-    folder = tmp_path_factory.mktemp("smollm2") / "base"
-    examples.smollm2.save_checkpoint(folder, torch.bfloat16)
-    return folder
+    return smollm2
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +109,11 @@ def test_predicts_what_the_adapter_on_the_fly_does(base, baked, examples):
     tokenizer = transformers.AutoTokenizer.from_pretrained(baked.folder)
 
     def logits(model):
-        return examples.verify.logits_of(model, tokenizer)
+        return examples.logits_of(model, tokenizer)
 
     wanted = logits(unmerged(base, ADAPTER))
-    alone = examples.verify.compare_logits(logits(load(base)), wanted)
-    found = examples.verify.compare_logits(logits(load(baked.folder)), wanted)
+    alone = examples.compare_logits(logits(load(base)), wanted)
+    found = examples.compare_logits(logits(load(baked.folder)), wanted)
     total = baked.report.total
     assert 0.05 < total.error < 0.1
     # KL grows with the square of a change: what rounding leaves of it is ‖E‖/‖D‖ of the change at

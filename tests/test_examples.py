@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's o
 
 @pytest.fixture(scope="module")
 def compare():
-    """`compare(merged, inputs, weights)` of the example script, run on the real model."""
+    """`compare(merged, inputs, weights)` of the example script, the real model read once."""
     sys.path.insert(0, str(EXAMPLES))
     try:
         import verify_on_model
     finally:
         sys.path.remove(str(EXAMPLES))
-    return verify_on_model.compare
+    read = cache(verify_on_model.load_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify_on_model, "load_model", lambda dtype: deepcopy(read(dtype)))
+        patch.setattr(verify_on_model, "load_tokenizer", cache(verify_on_model.load_tokenizer))
+        yield verify_on_model.compare
 
 
 def test_float32_merge_gives_the_logits_of_the_exact_sum(tmp_path, compare):

@@ -20,20 +20,6 @@ PYTHON = [body for kind, body in BLOCKS if kind == "python"]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """The examples' base model as a bfloat16 checkpoint."""
-    folder = tmp_path_factory.mktemp("base") / "smollm2"
-    code = (
-        "import sys, pathlib, torch, smollm2\n"
-        "smollm2.save_checkpoint(pathlib.Path(sys.argv[1]), torch.bfloat16)"
-    )
-    place = {**os.environ, "PYTHONPATH": str(ROOT / "examples")}
-    command = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
-    subprocess.run(command, check=True, capture_output=True, env=place)
-    return folder
-
-
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """The example adapters, and the program on PATH."""
