@@ -81,7 +81,8 @@ def spectra(modules: Sequence[Module], cap: int, device: str) -> list[tuple[str,
 
 def factors(modules: Sequence[Module], dtype: str, form: Form, device: str) -> list[Piece]:
     """Each module's sum at its rank, rounded once to `dtype`, with its exact error."""
-    rank = modules[0].kept
+    first = modules[0]
+    rank = min(first.kept, max(first.columns, *first.shape))  # beyond that all is zero
     scaled = [_without_scale(module) for module in modules]
     try:
         if _is_streamed(modules[0], rank):
@@ -101,7 +102,7 @@ def factors(modules: Sequence[Module], dtype: str, form: Form, device: str) -> l
             raise
         return [piece for module in modules for piece in factors([module], dtype, form, "cpu")]
     return [
-        with_origins(module, replace(piece, figures=piece.figures.times(module.scale)), dtype)
+        with_origins(module, piece.times(module.scale), rank, dtype).padded(module, rank)
         for piece, module in zip(found, modules, strict=True)
     ]
 

@@ -11,14 +11,14 @@ from adapterops.plan import Module
 from adapterops.storing import Piece
 
 
-def with_origins(module: Module, piece: Piece, dtype: str) -> Piece:
+def with_origins(module: Module, piece: Piece, rank: int, dtype: str) -> Piece:
     """With ‖D‖ and ⟨written, D⟩ of the adapters that methods made the module from.
 
-    `dtype` is that of its factors; what the methods say of themselves comes along.
+    `rank` and `dtype` are those of its factors; what the methods say of themselves comes along.
     """
     if not module.leaves:
         return piece
-    (m, n), rank = module.shape, module.kept
+    m, n = module.shape
     B = casts.decode(np.frombuffer(piece.B, np.uint8), dtype, (m, rank))
     A = casts.decode(np.frombuffer(piece.A, np.uint8), dtype, (rank, n)) * module.scale
     sizes, products = [], []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,22 @@ class Piece:
     A: memoryview
     bias: memoryview | None
     figures: Figures
+
+    def times(self, scale: float) -> Piece:
+        """With the figures of what its loader makes of it."""
+        return replace(self, figures=self.figures.times(scale))
+
+    def padded(self, module: Module, rank: int) -> Piece:
+        """Factors of this rank with columns and rows of zeros up to what the module is kept at."""
+        if rank == module.kept:
+            return self
+        m, n = module.shape
+        B = np.frombuffer(self.B, np.uint8).reshape(m, rank, -1)
+        wide = np.zeros((m, module.kept, B.shape[2]), np.uint8)
+        wide[:, :rank] = B
+        long = np.zeros(module.kept * n * B.shape[2], np.uint8)
+        long[: len(self.A)] = np.frombuffer(self.A, np.uint8)
+        return replace(self, B=wide.reshape(-1).data, A=long.data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -467,6 +467,25 @@ def test_killed_after_some_files_only_the_others_are_done(
     assert names(beside) == ["a", "b", "m", "o"]
 
 
+def test_an_interruption_of_the_commit_says_that_the_output_is_complete(
+    large: Path, beside: Path
+) -> None:
+    place = """
+from adapterops.files import resumable
+done = resumable.completed
+def completed(final):
+    os.kill(os.getpid(), 15)
+    done(final)
+resumable.completed = completed
+"""
+    process = start(
+        beside, program=SLOW.replace("from adapterops.cli", place + "from adapterops.cli")
+    )
+    said = finish(process, 130)
+    assert f"interrupted, but {beside / 'o'} had been written before" in said
+    assert content(beside / "o") == content(large / "whole")
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interruption_says_how_to_go_on(sign: int, large: Path, beside: Path) -> None:
     process = start(beside, program=SLOW)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file as save_torch
 
 import adapterops as ao
 from adapterops import casts
+from adapterops.activations import write_activations
 from adapterops.combining import combine
 from adapterops.derived.rule import storage_noise
 from adapterops.errors import (
@@ -608,3 +609,12 @@ def test_knots_of_more_columns_than_the_module_has_inputs(tmp_path):
     assert U.shape[1] > 5
     expected = U @ elements.ties(U.T @ changes, np.ones(3), None, density=1.0, normalize=False)
     close(found.dense(), expected)
+
+
+def test_regmean_of_more_columns_than_the_module_has_sides(tmp_path):
+    shapes = {"layers.0.gate": (40, 5)}
+    folders = [write_peft(tmp_path / f"n{i}", pairs(i, shapes, 4), alpha=4.0) for i in range(3)]
+    moments = tmp_path / "moments.safetensors"
+    write_activations(moments, {"layers.0.gate": ("gram", np.eye(5))}, tokens=40, model="any")
+    found = combine("regmean", folders, activations=moments)["layers.0.gate"]
+    close(found.dense(), sum(dense(pairs(i, shapes, 4))["layers.0.gate"] for i in range(3)) / 3)

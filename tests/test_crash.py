@@ -226,6 +226,47 @@ def test_a_signal_keeps_the_output_that_was_to_be_replaced(number, inputs, tmp_p
     check_whole(tmp_path / "out")
 
 
+# The command line that is interrupted while its output gets its name, or when it is printed.
+LATE = """
+import os, signal, sys
+from adapterops.files import output, publish, resumable
+import click
+def once(function, *where):
+    def called(*arguments, **named):
+        for module, name in where:
+            setattr(module, name, function)
+        os.kill(os.getpid(), signal.{sign})
+        return function(*arguments, **named)
+    for module, name in where:
+        setattr(module, name, called)
+{place}
+from adapterops.cli import main
+main()
+"""
+COMMITTED = """once(publish.completed, (output, "completed"), (resumable, "completed"))"""
+PRINTED = "once(click.echo, (click, 'echo'))"
+
+
+@pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("place", [COMMITTED, PRINTED], ids=["committed", "printed"])
+def test_a_signal_after_the_commit_says_that_the_output_is_complete(sign, place, inputs, tmp_path):
+    process = merging(inputs, tmp_path, program=LATE.format(sign=sign, place=place))
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    out = tmp_path / "out"
+    assert f"error: interrupted, but {out} had been written before and can be used" in said
+    check_whole(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_when_all_is_printed_there_is_nothing_to_be_interrupted(inputs, tmp_path):
+    ended = "import atexit\natexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    process = merging(inputs, tmp_path, program=LATE.format(sign="SIGINT", place=ended))
+    shown, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "out  peft" in shown
+
+
 # Memory.
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adapterops as ao
+from adapterops import linalg
 from adapterops.errors import (
     BudgetError,
     FileError,
@@ -874,3 +875,30 @@ class TestBroken:
         file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\n")
         with pytest.raises(ValueError, match="Git LFS"):
             ao.merge([file], out=tmp_path / "m")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["balanced", "svd", "orthonormal-a", "orthonormal-b"])
+def test_a_rank_beyond_every_side_adds_zeros(form, dtype, tmp_path, monkeypatch):
+    shapes = {"layers.0.q_proj": (32, 20), "layers.0.v_proj": (6, 28)}
+    folder = write_peft(tmp_path / "a", pairs(0, shapes, 4))
+    ranks = []
+    real = linalg.truncate
+
+    def watched(B, A, rank, *more, **named):
+        ranks.append(rank)
+        return real(B, A, rank, *more, **named)
+
+    monkeypatch.setattr(linalg, "truncate", watched)
+    small = ao.compress(folder, out=tmp_path / "small", rank=32, form=form, dtype=dtype)
+    large = ao.compress(folder, out=tmp_path / "large", rank=500, form=form, dtype=dtype)
+    assert max(ranks) <= 32  # a product of two factors of rank 500 is what would cost
+    assert (small.error, small.norm) == (large.error, large.norm)
+    narrow, wide = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("small", "large")
+    )
+    for name, tensor in narrow.items():
+        m, n = tensor.shape
+        assert wide[name].shape == ((m, 500) if "lora_B" in name else (500, n))
+        assert np.array_equal(wide[name][:m, :n], tensor)
+        assert np.count_nonzero(wide[name]) == np.count_nonzero(tensor)

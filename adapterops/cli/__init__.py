@@ -86,6 +86,7 @@ def main() -> NoReturn:
     wants_json = "--json" in sys.argv
     try:
         code = app.main(standalone_mode=False)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is nothing left to be interrupted
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
@@ -97,8 +98,7 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
         said = error.__cause__ if isinstance(error, click.Abort) else error
-        nothing = Interrupted("interrupted; no unfinished output was left")
-        _fail(said if isinstance(said, Interrupted) else nothing, wants_json)
+        _fail(said if isinstance(said, Interrupted) else _interrupted(), wants_json)
     except AdapterOpsError as error:
         _fail(error, wants_json)
     except MemoryError:
@@ -117,6 +117,16 @@ def main() -> NoReturn:
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt  # no Exception: `threading` takes one for a thread that did not start
+
+
+def _interrupted() -> Interrupted:
+    from adapterops.files.publish import complete
+
+    done = complete()
+    if not done:
+        return Interrupted("interrupted; no unfinished output was left")
+    what = done[-1] if len(done) == 1 else f"{len(done)} outputs, the last of them {done[-1]},"
+    return Interrupted(f"interrupted, but {what} had been written before and can be used")
 
 
 def _fail(error: AdapterOpsError, wants_json: bool) -> NoReturn:

@@ -30,6 +30,7 @@ from adapterops.derived.weighted import Weighted
 from adapterops.derived.whole import Whole
 from adapterops.errors import AdapterOpsError
 from adapterops.factors import Factors
+from adapterops.formats.kinds import split
 from adapterops.formats.model import AdapterFile, Read, Ref, Site
 from adapterops.metric import Inputs
 from adapterops.rules import limits, modify
@@ -268,8 +269,11 @@ class Combination:
             error.module = error.module or self.stem
             raise
         self.known["said"] = self._said(found)
+        left, right = found.B, found.A
+        if len(right) > self.rank:  # more columns than the matrix has sides: as the matrix
+            left, right = split(left @ right)
         B, A = np.zeros((self.shape[0], self.rank)), np.zeros((self.rank, self.shape[1]))
-        B[:, : found.B.shape[1]], A[: len(found.A)] = found.B, found.A
+        B[:, : len(right)], A[: len(right)] = left, right
         return put(B, device), put(A, device)
 
     def _said(self, found: Combined) -> MethodFigures:

@@ -172,13 +172,13 @@ def combined(
     if rule.calibrate == "svc":
         core = modify.svc(core, M, weights, noise, alpha=rule.method.least_response)
     core = core * match(core)
-    if right is None and len(core) <= width:
+    if right is None:
         return Combined(left, core, near=near)
     U, sizes, Vh = linalg.svd(core)
     kept = min(width, len(sizes))
     root = np.sqrt(sizes[:kept])
-    B, A = left @ (U[:, :kept] * root), root[:, None] * Vh[:kept]
-    return Combined(B, A if right is None else A @ right.T, cored, near)
+    B, A = left @ (U[:, :kept] * root), (root[:, None] * Vh[:kept]) @ right.T
+    return Combined(B, A, cored, near)
 
 
 def entries(rule: Rule, members: Sequence[Factors]) -> tuple[Matrix, Matrix | None, Matrix]:

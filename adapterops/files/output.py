@@ -21,6 +21,7 @@ from adapterops.errors import FileError, FormatError, OutputExistsError, UsageEr
 from adapterops.files.header import Entry
 from adapterops.files.publish import (
     alone,
+    completed,
     hidden_name,
     keep_mode,
     publish_directory,
@@ -139,6 +140,7 @@ def stage(out: str | os.PathLike[str], *, directory: bool, overwrite: bool) -> I
         yield staging
         with undisturbed():
             staging.commit()
+            completed(final)
     except BaseException as error:
         if staging:
             with undisturbed():

@@ -42,6 +42,24 @@ def undisturbed() -> Iterator[None]:
             signal.raise_signal(late[0])
 
 
+_complete: list[str] = []
+
+
+def completed(final: Path) -> None:
+    """Note that an output is under its final name: who is interrupted later has it all the same."""
+    _complete.append(os.fspath(final))
+
+
+def complete() -> tuple[str, ...]:
+    """The outputs that this process has completed."""
+    return tuple(_complete)
+
+
+def is_complete(out: str | os.PathLike[str]) -> bool:
+    """Whether this process has completed this output."""
+    return os.path.realpath(out) in _complete
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One commit into a folder at a time, where the folder can be locked at all."""

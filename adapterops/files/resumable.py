@@ -28,6 +28,7 @@ from adapterops.errors import (
 from adapterops.files.output import NOTHING_LEFT, check_output, unwritable, write_file
 from adapterops.files.publish import (
     alone,
+    completed,
     publish_directory,
     sync_directory,
     sync_file,
@@ -229,6 +230,7 @@ def resumable(out: str | os.PathLike[str], *, plan: str, overwrite: bool) -> Ite
         yield resumed
         with undisturbed():
             resumed.commit(overwrite)
+            completed(final)
     except BaseException as error:
         with undisturbed():
             resumed.end(keep=_is_passing(error))
