@@ -46,6 +46,11 @@ def like(array: np.ndarray[Any, Any], other: Array) -> Array:
     return torch.from_numpy(np.ascontiguousarray(array)).to(other.device)
 
 
+def double(array: Array) -> Array:
+    """The array in float64."""
+    return array.astype(np.float64) if isinstance(array, np.ndarray) else array.double()
+
+
 def is_out_of_device_memory(error: BaseException) -> bool:
     """Whether torch ran out of CUDA memory."""
     return type(error).__name__ == "OutOfMemoryError" and type(error).__module__ == "torch"

@@ -1,38 +1,29 @@
 """Nearly the best rank-k factors of what is too large to stack, or was never in factors.
 
 With thousands of columns a sum outgrows the dense matrix; the difference of two checkpoints is one.
-A randomised range finder with subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4)
-needs products with M and Mᵀ only. Its error is no estimate: for an orthonormal Q,
-‖M − [QQᵀM]_r‖² = ‖M‖² − Σ_{k≤r} σ_k(QᵀM)², an identity. What is not known is how far that is from
-the optimum; iteration goes on until the error stops falling.
-
-The identity resolves errors down to √u·‖M‖. Sums of factors are multiplied in float64. Dense
-changes are multiplied in float32, where it resolves them to a few hundredths; what is smaller is
-iterated on in float64. `measure` takes the figures of a certificate from M − B·A itself.
+`krylov` finds directions X and the error of M·X·Xᵀ, an identity that resolves errors down to
+√u·‖M‖; `measure` takes the figures of a certificate from M − B·A itself.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from adapterops.arrays import Array, host, like, namespace, put
-from adapterops.linalg import Matrix, Spectrum, Truncation, rank_floor, svd
+from adapterops.arrays import Array, double, host, like, namespace, put
+from adapterops.krylov import MOST_BLOCKS, OVERSAMPLING, captured
+from adapterops.linalg import Spectrum, Truncation, rank_floor
 from adapterops.plan import Module
 from adapterops.sums import BLOCK_NUMBERS, CHUNK_COLUMNS, Sum, held, is_dense, squares, stack
 
 __all__ = ["LARGE", "Sum", "applies", "is_dense", "measure", "peak", "spectrum", "truncate"]
 
 LARGE = 1024
-_OVERSAMPLING = 48
-_SETTLED = 1e-4
-_SEEN = 1e-3  # enough to choose ranks by
-_MOST_PASSES = 10
+_SETTLED = 3e-5
+_SEEN = 3e-4  # enough to choose ranks by
 _DIRECT = 1e-6
-_SINGLE = 3e-2
 _RESOLVED = 1e-4
 
 
@@ -54,19 +45,6 @@ class Measured:
     changed: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    """Orthonormal bases (m, w) and (n, w) and the SVD of the core between them: QᵀM = U·σ·Vh·Pᵀ."""
-
-    basis: Array
-    right: Array
-    U: Matrix
-    values: Matrix
-    Vh: Matrix
-    norm: float
-    tail: float
-
-
 def applies(module: Module, rank: int) -> bool:
     """Whether a module has so many columns for so small a rank that streaming pays."""
     return module.columns > LARGE and 4 * rank <= module.columns
@@ -76,7 +54,7 @@ def peak(module: Module, rank: int) -> int:
     """Bytes that `truncate`, `spectrum` and `measure` need at most."""
     m, n = module.shape
     numbers = m * n if held(module) else 0
-    bases = 8 * (rank + _OVERSAMPLING) * (m + n)
+    bases = 2 * MOST_BLOCKS * (rank + OVERSAMPLING) * (m + n)
     if is_dense(module):
         return 4 * numbers + 8 * 5 * BLOCK_NUMBERS + 8 * bases
     return 8 * (numbers + 2 * BLOCK_NUMBERS + 4 * CHUNK_COLUMNS * (m + n) + bases)
@@ -85,14 +63,14 @@ def peak(module: Module, rank: int) -> int:
 def truncate(total: Sum, rank: int) -> Truncation:
     """Nearly the best rank-k factors of a sum, with their exact error."""
     m, n = total.shape
-    found = _captured(total, rank)
+    found = captured(total, rank, _SETTLED)
     bound, norm = total.beta, found.norm
     keep = min(rank, int((found.values > rank_floor(m, n, bound)).sum()))
+    left, right = np.zeros((2, len(found.V), rank))
     root = np.sqrt(found.values[:keep])
-    left, lower = np.zeros((len(found.U), rank)), np.zeros((rank, found.Vh.shape[1]))
-    left[:, :keep], lower[:keep] = found.U[:, :keep] * root, root[:, None] * found.Vh[:keep]
-    basis, right = _double(found.basis), _double(found.right)
-    B, A = basis @ like(left, basis), like(lower, basis) @ right.mT
+    left[:, :keep], right[:, :keep] = found.V[:, :keep] / root, found.V[:, :keep] * root
+    B = double(found.images) @ like(left, found.images)
+    A = (double(found.basis) @ like(right, found.basis)).mT
     tail = found.tail
     if not total.is_dense and tail <= _DIRECT * norm:
         tail = _distance(total, B, A)
@@ -108,51 +86,21 @@ def spectrum(total: Sum, cap: int | None = None) -> Spectrum:
     is no small part of them, all, from the dense matrix.
     """
     m, n = total.shape
-    bound = total.beta
-    floor = rank_floor(m, n, bound)
     rest = 0.0
-    if not total.is_dense or cap is None or 3 * (cap + _OVERSAMPLING) > min(m, n):
+    if not total.is_dense or cap is None or 3 * (cap + OVERSAMPLING) > min(m, n):
+        size = total.exact_norm  # raises where the rows are not finite
         values = np.linalg.svd(host(total.rows(0, m)), compute_uv=False)
-        size = float(np.sqrt(values @ values))
         if total.is_dense and cap is not None:
             rest = float(np.linalg.norm(values[cap:]))
             values = values[:cap]
     else:
-        found = _captured(total, cap, _SEEN)
+        found = captured(total, cap, _SEEN)
         values, rest, size = found.values[:cap], found.tail, found.norm
+    bound = total.beta
+    floor = rank_floor(m, n, bound)
     rank = int((values > floor).sum())
     columns = total.module.columns
     return Spectrum(values, size, bound, floor, rank, columns, "range", rest)
-
-
-def _captured(total: Sum, rank: int, enough: float = _SETTLED) -> _Captured:
-    """Subspace iteration until the error at this rank changes by no more than that share."""
-    m, n = total.shape
-    width = min(rank + _OVERSAMPLING, m, n)
-    whole = width == min(m, n)
-    single = total.is_dense and not whole
-    if whole:  # all of a side: nothing is left to chance
-        sample = put(np.eye(m), total.device) if m <= n else total.rows(0, m)
-    else:
-        start = _signs(total.module.stem, n, width).astype(np.float32 if single else np.float64)
-        sample = total.matmul(put(start, total.device))
-    xp = namespace(sample)
-    norm, before = total.norm if single else total.exact_norm, math.inf
-    for done in range(1, _MOST_PASSES + 1):
-        basis = xp.linalg.qr(sample)[0]
-        right, triangle = xp.linalg.qr(total.rmatmul(basis))
-        U, values, Vh = svd(host(triangle).T.astype(np.float64))
-        kept = float(values[:rank] @ values[:rank])
-        tail = math.sqrt(max(norm * norm - kept, 0.0))
-        settled = abs(before - tail) <= enough * tail or tail <= _DIRECT * norm
-        narrow = single and done > 1 and tail <= _SINGLE * norm
-        if done == _MOST_PASSES or whole or (done > 2 and settled and not narrow):
-            break
-        if narrow:
-            single, right, norm = False, _double(right), total.exact_norm
-        before = tail
-        sample = total.matmul(right)
-    return _Captured(basis, right, U, values, Vh, norm, tail)
 
 
 def measure(total: Sum, result: Truncation, B: Array, A: Array) -> Measured:
@@ -203,23 +151,10 @@ def _dot(one: Array, other: Array) -> float:
     return float(one.reshape(-1) @ other.reshape(-1))
 
 
-def _double(array: Array) -> Array:
-    return array.astype(np.float64) if isinstance(array, np.ndarray) else array.double()
-
-
 def _distance(total: Sum, B: Array, A: Array) -> float:
     """‖M − B·A‖_F measured on dense rows."""
     blocks = (total.rows(i, j) - B[i:j] @ A for i, j in total.blocks())
     return math.sqrt(math.fsum(squares(block) for block in blocks))
-
-
-def _signs(stem: str, rows: int, columns: int) -> Matrix:
-    """A ±1 test matrix from raw Philox bits keyed by the module's name."""
-    key = int.from_bytes(hashlib.sha256(stem.encode()).digest()[:16], "little")
-    words = np.random.Philox(key=key).random_raw((rows * columns + 63) // 64)
-    bits = np.unpackbits(words.view(np.uint8), count=rows * columns)
-    signs: Matrix = (2.0 * bits - 1.0).reshape(rows, columns)
-    return signs
 
 
 def inner_with_sum(total: Sum, B: Array, A: Array) -> float:

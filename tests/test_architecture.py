@@ -18,7 +18,7 @@ LAYERS = [
     {"frontier", "knapsack", "allocate"},
     {"plan", "basemodel", "activations", "batch", "inspection"},
     {"target", "rebased", "operators", "derived", "extraction", "weighting"},
-    {"align", "dense", "sums", "rangefinder", "storing", "origins", "kernels", "passes"},
+    {"align", "dense", "sums", "krylov", "rangefinder", "storing", "origins", "kernels", "passes"},
     {"choosing", "derive", "descriptions", "layout", "certify", "card", "promises"},
     {"prepare"},
     {"writing"},
