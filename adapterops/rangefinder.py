@@ -121,14 +121,15 @@ def measure(total: Sum, result: Truncation, B: Array, A: Array) -> Measured:
         written = B[start:stop] @ A
         pieces = [(i, put(block, total.device)) for i, block in total.dense_rows(start, stop)]
         for index, block in pieces:
-            sizes[index] += squares(block)
+            size = squares(block)
+            sizes[index] += size
             inner[index] += _dot(block, written)
         block = pieces[0][1]
         low = [left[start:stop] @ right for left, right in total.chunks()]
         for other in [*low, *(block for _, block in pieces[1:])]:
             block = block + other
-        norm += squares(block)
-        changed += int(namespace(block).count_nonzero(block))
+        norm += size if block is pieces[-1][1] else squares(block)
+        changed += int(namespace(block).count_nonzero(block != 0))  # of booleans: much faster
         written -= block
         lost += squares(written)
         if not seen:

@@ -66,6 +66,21 @@ def test_one_pass_is_enough(monkeypatch):
     assert len(passes) == 2  # the first block is looked at before
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("groups", [3, 20])
+def test_the_middle_of_a_bracket_is_that_of_the_whole_sample(bad, groups):
+    X = matrices()
+    X[0, 5, 6] = bad
+    shares = [0.001, 0.2, 0.8]
+    parts = [np.abs(group).reshape(2, -1) for group in sample_of(X, groups)()]
+    whole = np.concatenate(parts, axis=1)
+    each = np.array([brackets._at(part, shares) for part in parts])
+    found = brackets._within(whole, shares, each.min(axis=0), each.max(axis=0))
+    assert (found == brackets._at(whole, shares)).all()
+    outside = brackets._within(whole, shares, each.max(axis=0) + 1, each.max(axis=0) + 2)
+    assert (outside == brackets._at(whole, shares)).all()
+
+
 @pytest.mark.parametrize("what", ["misleading", "wide", "zeros"])
 def test_a_sample_that_does_not_help_is_given_up(what):
     X = matrices()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adapterops.derived.combination import Combination
 
 Block = np.ndarray[Any, Any]
+_TILE_COLUMNS = 2048  # blocks of eight adapters, and what a product packs, stay in a cache
 _GROUPS = 32
 LEAST_SAMPLED = 16 * _GROUPS
 _MOST = 2.0**63  # of an entry: methods square it in float32
@@ -114,7 +115,9 @@ class _Product:
         self.right = np.ascontiguousarray((A / scale[:, None]).astype(np.float32))
 
     def into(self, out: Block, start: int, stop: int) -> None:
-        np.matmul(self.left[start:stop], self.right, out=out)
+        for at in range(0, out.shape[1], _TILE_COLUMNS):
+            tile = slice(at, at + _TILE_COLUMNS)
+            np.matmul(self.left[start:stop], self.right[:, tile], out=out[:, tile])
 
 
 class _Read:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from adapterops.derived.combination import Combination
 
 Block = np.ndarray[Any, Any]
-BLOCK_ROWS = 64
+BLOCK_ROWS = 16
 
 
 class OnGrid(ABC):

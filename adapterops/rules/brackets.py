@@ -21,6 +21,7 @@ Blocks = Callable[[], Iterator[Array]]
 NEAR = 2.0**-20  # rounding in the products that make the entries may move what is so near a limit
 _WIDER = 2.0**-10  # relative; what is within NEAR of a limit has to lie inside too
 _SHARE = 32  # no more than one entry of so many is kept
+_CACHED = 1 << 16  # entries looked at in one go
 
 
 def peak(count: int, total: int, bits: int) -> int:
@@ -42,14 +43,14 @@ def bracketed(
     ]
     room = len(low) * len(ranks) * (total // _SHARE)
     for block in blocks():
-        sizes = np.empty(block.shape[1:], block.dtype)
-        inside, above = np.empty(sizes.shape, bool), np.empty(sizes.shape, bool)
         for matrix, each in zip(host(block), found, strict=True):
-            np.abs(matrix, out=sizes)
-            if not sizes.max(initial=0) < np.inf:
-                return None
-            for one in each:
-                room -= one.take(sizes, inside, above)
+            step = max(1, _CACHED // max(1, matrix.shape[1]))
+            for start in range(0, len(matrix), step):
+                sizes = np.abs(matrix[start : start + step])
+                if not sizes.max(initial=0) < np.inf:
+                    return None
+                for one in each:
+                    room -= one.take(sizes)
         if room < 0:
             return None
     chosen = [[one.limit(k) for one, k in zip(each, ranks, strict=True)] for each in found]
@@ -69,16 +70,34 @@ def _between(sample: Blocks, total: int, ranks: Sequence[int]) -> tuple[Matrix, 
     each = np.array([_at(group, shares) for group in groups], np.float64)
     error = each.std(axis=0) / np.sqrt(len(each))
     whole = np.concatenate(groups, axis=1)
-    middle = _at(whole, shares).astype(np.float64)
+    middle = _within(whole, shares, each.min(axis=0), each.max(axis=0))
     low, high = (middle - error) * (1 - _WIDER), (middle + error) * (1 + _WIDER)
     return low.astype(whole.dtype), high.astype(whole.dtype)
 
 
+def _within(sizes: Matrix, shares: Sequence[float], low: Matrix, high: Matrix) -> Matrix:
+    """`_at` where that lies from `low` to `high` (S, K), mostly from the few entries between."""
+    found = np.empty(low.shape)
+    for (s, at), least in np.ndenumerate(low):
+        row = sizes[s]
+        some = row[(row >= least) & (row <= high[s, at])]
+        whole = _place(len(row), shares[at])
+        place = whole - int(np.count_nonzero(row < least))
+        if not 0 <= place < len(some):  # groups of unequal size, or entries that are not finite
+            some, place = row, whole
+        found[s, at] = np.partition(some, place)[place]
+    return found
+
+
 def _at(sizes: Matrix, shares: Sequence[float]) -> Matrix:
     """What these shares of the entries (S, n) lie above, (S, K)."""
-    count = sizes.shape[1]
-    places = [min(count - 1, max(0, count - round(share * count))) for share in shares]
+    places = [_place(sizes.shape[1], share) for share in shares]
     return np.asarray(np.partition(sizes, places, axis=1)[:, places])
+
+
+def _place(count: int, share: float) -> int:
+    """Where, ascending, the smallest of a share of so many entries is."""
+    return min(count - 1, max(0, count - round(share * count)))
 
 
 class _Inside:
@@ -89,10 +108,10 @@ class _Inside:
         self._above = 0
         self._kept: list[Matrix] = []
 
-    def take(self, sizes: Matrix, inside: Matrix, above: Matrix) -> int:
-        """Look at some entries, with scratch of their shape; how many of them were kept."""
-        np.greater_equal(sizes, self._high, out=above)
-        np.greater_equal(sizes, self._low, out=inside)
+    def take(self, sizes: Matrix) -> int:
+        """Look at some entries; how many of them were kept."""
+        above = sizes >= self._high
+        inside = sizes >= self._low
         inside ^= above
         self._above += int(np.count_nonzero(above))
         self._kept.append(sizes.reshape(-1)[np.flatnonzero(inside)])

@@ -78,17 +78,20 @@ def elected(X: Array, parts: Iterable[Part], ballot: Ballot, normalize: bool) ->
         xp.less_equal(z, -low, out=down)
         sides = (minus, plus) if vote < 0 else (plus, minus)
         for mask, side in zip((up, down), sides, strict=True):
-            accumulate(side.divisor, mask, divisor)
+            if normalize:
+                accumulate(side.divisor, mask, divisor)
             if polled and ballot.counted:
                 accumulate(poll, mask, abs(vote) if side is plus else -abs(vote))
                 if not ballot.positive:
                     accumulate(size, mask, abs(vote))
-            xp.multiply(mask, z, out=mask)
-            accumulate(side.value, mask, value)
+            mask *= z
             if polled and not ballot.counted:
                 accumulate(poll, mask, vote)
                 if not ballot.positive:
                     accumulate(size, mask, vote if side is plus else -vote)
+            if value != 1:
+                mask *= value
+            side.value += mask
     if not polled:
         poll, size = plus.value + minus.value, plus.value - minus.value
     size *= 0.0 if ballot.positive else _MARGIN
