@@ -54,7 +54,7 @@ def peak(module: Module, rank: int) -> int:
     """Bytes that `truncate`, `spectrum` and `measure` need at most."""
     m, n = module.shape
     numbers = m * n if held(module) else 0
-    bases = 2 * MOST_BLOCKS * (rank + OVERSAMPLING) * (m + n)
+    bases = 3 * MOST_BLOCKS * (rank + OVERSAMPLING) * (m + n)
     if is_dense(module):
         return 4 * numbers + 8 * 5 * BLOCK_NUMBERS + 8 * bases
     return 8 * (numbers + 2 * BLOCK_NUMBERS + 4 * CHUNK_COLUMNS * (m + n) + bases)
