@@ -88,15 +88,16 @@ def spectrum(total: Sum, cap: int | None = None) -> Spectrum:
     m, n = total.shape
     rest = 0.0
     if not total.is_dense or cap is None or 3 * (cap + OVERSAMPLING) > min(m, n):
-        size = total.exact_norm  # raises where the rows are not finite
+        bound = total.beta  # raises where a dense part is not finite
         values = np.linalg.svd(host(total.rows(0, m)), compute_uv=False)
+        size = float(np.sqrt(values @ values))
         if total.is_dense and cap is not None:
             rest = float(np.linalg.norm(values[cap:]))
             values = values[:cap]
     else:
         found = captured(total, cap, _SEEN)
         values, rest, size = found.values[:cap], found.tail, found.norm
-    bound = total.beta
+        bound = total.beta  # of the norm that was found on the way
     floor = rank_floor(m, n, bound)
     rank = int((values > floor).sum())
     columns = total.module.columns
