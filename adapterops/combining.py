@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from adapterops.activations import Activations as Opened
@@ -100,7 +101,8 @@ def terms(
     activations: Activations = None,
 ) -> tuple[list[AdapterFile], list[float]]:
     """Adapter files, and weights, whose sum is what the rule makes of some adapters."""
-    _check_activations(rule, activations)
+    if is_plain(rule):
+        _check_activations(rule, activations)
     if is_plain(rule) and not module_weights:
         return flat(adapters, weights)
     files = [whole(adapter) for adapter in adapters]
@@ -111,12 +113,26 @@ def terms(
         files, found = apply(files, found, module_weights)
     if is_plain(rule):
         return files, found
-    given = _listed(activations, len(files))
+    return [made(files, found, rule, modules, activations)], [1.0]
+
+
+def made(
+    files: Sequence[AdapterFile],
+    weights: Sequence[float],
+    rule: Rule,
+    modules: str | None = None,
+    activations: Activations = None,
+) -> AdapterFile:
+    """The adapter that the rule makes of others; it says by which activations."""
+    _check_activations(rule, activations)
+    given = _opened(activations)
     inputs = [
         for_modules(one, chosen(file, modules), file.base)
-        for one, file in zip(given, files, strict=False)
+        for one, file in zip(_for_each(given, len(files)), files, strict=False)
     ]
-    return [derived(files, found, rule, modules, inputs)], [1.0]
+    found = derived(files, weights, rule, modules, inputs)
+    digests = {"activations": [each.digest for each in given]} if given else {}
+    return replace(found, made_by={**found.made_by, **digests})
 
 
 def _check_activations(rule: Rule, activations: Activations) -> None:
@@ -131,9 +147,8 @@ def _check_activations(rule: Rule, activations: Activations) -> None:
         raise UsageError(f"{rule.method.name} takes no --activations", hint="regmean does")
 
 
-def _listed(activations: Activations, count: int) -> list[Opened]:
-    """The files of activations, opened: one for each adapter, or none at all."""
-    opened = _opened(activations)
+def _for_each(opened: list[Opened], count: int) -> list[Opened]:
+    """The files of activations: one for each adapter, or none at all."""
     if len(opened) not in (0, 1, count):
         raise UsageError(
             f"--activations: {len(opened)} files for {count} adapters; one, or {count}"

@@ -6,7 +6,6 @@ It goes wherever a file goes: into sums, ranks, other dialects, a base model, an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from adapterops.derived.rule import Rule
 from adapterops.derived.whole import Whole
 from adapterops.errors import NumericsError, UnsupportedError, UsageError
 from adapterops.formats.kinds import KINDS
-from adapterops.formats.model import AdapterFile, Site, leaves
+from adapterops.formats.model import AdapterFile, Site
 from adapterops.metric import Inputs
 from adapterops.plan import Module, Plan
 from adapterops.provenance import distinct, label_of
@@ -78,7 +77,11 @@ def derived(
         notes=plan.warnings,
         weights_file=first.weights_file,
         made_of=tuple(zip(weights, files, strict=True)),
-        made_by={key: value for key, value in rule.record.items() if value is not None},
+        made_by={
+            key: value
+            for key, value in {**rule.record, "modules": modules}.items()
+            if value is not None
+        },
         label=f"{name}({', '.join(labels)})",
     )
 
@@ -167,25 +170,3 @@ def _width(sources: Sequence[Source], rule: Rule, shape: tuple[int, int]) -> int
     if rule.method.signature == "gram" and rule.calibrate != "svc":
         return sum(ranks)
     return min(rule.method.columns(ranks, rule.values), *shape)
-
-
-def nested(
-    files: Sequence[AdapterFile], weights: Sequence[float], recorded: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What provenance has to say of methods beyond what is `recorded` of one method or expression.
-
-    Adapters on disk are their numbers among the inputs.
-    """
-    made = [file for file in files if file.made_of]
-    flat = not any(inner.made_of for file in made for _, inner in file.made_of)
-    known = "method" in recorded and len(files) == 1 and flat
-    if not made or known or "expression" in recorded:
-        return {}
-    places = {id(file): index for index, file in enumerate(leaves(files, weights)[0])}
-    return {"sum": [[w, _made(file, places)] for w, file in zip(weights, files, strict=True)]}
-
-
-def _made(file: AdapterFile, places: Mapping[int, int]) -> Any:
-    if not file.made_of:
-        return places[id(file)]
-    return {**file.made_by, "of": [[w, _made(inner, places)] for w, inner in file.made_of]}

@@ -11,7 +11,8 @@ AdapterOpsError
 ├── NumericsError       5    a check of the numbers failed; nothing was written
 │   └── BudgetError          an error bound that was asked for cannot be met
 ├── FileError           6    missing, unreadable, disk full
-│   └── ChangedError         an input changed while it was read
+│   ├── ChangedError         an input changed while it was read
+│   └── MissingInputsError   what an output was made from is not where it is looked for
 ├── MemoryLimitError    7
 └── Interrupted         130  SIGINT or SIGTERM
 
@@ -119,6 +120,10 @@ class FileError(AdapterOpsError, OSError):
 
 class ChangedError(FileError):
     """Not the file that was opened first."""
+
+
+class MissingInputsError(FileError):
+    """What an output was made from is not where it is looked for."""
 
 
 class MemoryLimitError(AdapterOpsError, MemoryError):

@@ -28,6 +28,7 @@ from adapterops.provenance import (
     distinct,
     file_sha256,
     given_alphas,
+    given_labels,
     label_of,
 )
 from adapterops.rangefinder import LARGE, is_dense
@@ -207,6 +208,7 @@ def provenance_of(
         "dtype": None if options.dtype == "keep" else options.dtype,
         "to": options.to,
         "alpha": given_alphas(inputs) or None,
+        "labels": given_labels(inputs),
         **options.recorded,
     }
     return Provenance(options.verb, origins_of(inputs, weights, on), recorded)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from adapterops.files.source import LocalFile
 from adapterops.formats.model import AdapterFile
 
 _BLOCK = 1 << 22
+_NUMBERED = re.compile(r"(.+)#(\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,22 @@ def distinct(names: Sequence[str]) -> list[str]:
         seen[name] = seen.get(name, 0) + 1
         result.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return result
+
+
+def undistinct(names: Sequence[str]) -> list[str]:
+    """The names before those of equal ones were numbered: a, a#2 are a, a."""
+    found: list[str] = []
+    for name in names:
+        numbered = _NUMBERED.fullmatch(name)
+        again = numbered and found.count(numbered[1]) == int(numbered[2]) - 1 > 0
+        found.append(numbered[1] if numbered and again else name)
+    return found
+
+
+def given_labels(inputs: Sequence[AdapterFile]) -> list[str] | None:
+    """What the inputs are called, where their distinct names do not tell; None where they do."""
+    labels = [label_of(file) for file in inputs]
+    return None if undistinct(distinct(labels)) == labels else labels
 
 
 def file_sha256(path: str) -> str:

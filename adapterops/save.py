@@ -23,6 +23,7 @@ from adapterops.certify import notes as measured_notes
 from adapterops.certify import warnings as measured_warnings
 from adapterops.choosing import Choice, Known, check_size, choose_ranks
 from adapterops.companions import side_files, write_companions
+from adapterops.composed import method_of, recorded
 from adapterops.errors import BudgetError, IncompatibleError, UsageError
 from adapterops.extras import Extra, extras_by_name, plan_extras
 from adapterops.files.header import Entry, encode_header, layout
@@ -131,11 +132,8 @@ def save(
 def _save(
     inputs: Sequence[AdapterFile], weights: Sequence[float], options: Options, on: Compute
 ) -> Report | PlanReport:
-    if any(file.made_of for file in inputs):
-        from adapterops.derive import nested  # methods are imported where one is used
-
-        more = nested(inputs, weights, options.recorded)
-        options = replace(options, recorded={**options.recorded, **more})
+    options = replace(options, recorded=recorded(inputs, weights, options.recorded))
+    method = method_of(inputs)
     plan, legal = planned_for(inputs, weights, options)
     inputs, weights = plan.inputs, plan.weights
     out, directory, notes = output_path(options.out, plan.dialect, NAMES[options.verb])
@@ -243,7 +241,7 @@ def _save(
         report = replace(
             report,
             verb=options.verb,
-            method=options.recorded.get("method", "linear"),
+            method=method,
             output=out,
             dialect=plan.dialect,
             size=size,

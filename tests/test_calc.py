@@ -194,7 +194,7 @@ class TestSaved:
         mix = 0.5 * opened["a"] + 0.5 * opened["b"]
         ao.calc("x - c", {"c": opened["c"], "x": mix}, out=tmp_path / "m")
         sidecar = load_provenance(tmp_path / "m")
-        assert sidecar["options"]["names"] == {"c": 2, "x": [0, 1]}
+        assert sidecar["options"]["names"] == {"c": 2, "x": [[0.5, 0], [0.5, 1]]}
         assert [each["weight"] for each in sidecar["inputs"]] == [0.5, 0.5, -1.0]
         (mix - opened["c"]).save(tmp_path / "same")
         assert tensors(tmp_path / "m") == tensors(tmp_path / "same")

@@ -301,7 +301,7 @@ def test_what_cannot_be_computed_again(merged: Path) -> None:
     data = file.read_bytes()
     for old, new, said in (
         (b'\\"verb\\":\\"merge\\"', b'\\"verb\\":\\"bakes\\"', "was made by 'bakes'"),
-        (b'\\"rank\\":3', b'\\"tank\\":3', "does not know"),
+        (b'\\"rank\\":3', b'\\"tank\\":3', "cannot repeat"),
         (b'\\"weight\\":0.7', b'\\"weighs\\":0.7', "damaged"),
     ):
         assert data.count(old) == 1, old

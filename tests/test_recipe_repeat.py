@@ -23,7 +23,7 @@ from adapterops.errors import (
     PickleRefusedError,
     UsageError,
 )
-from adapterops.recipe.reopen import undistinct
+from adapterops.provenance import undistinct
 from adapterops.rules.registry import METHODS
 from adapterops.verbs.run import prepared
 from tests import bake_models
@@ -156,6 +156,105 @@ CASES: dict[str, Make] = {
         store / "models/base", store / "models/tuned", energy=0.9, max_rank=6, out=out
     ),
 }
+
+
+def composed(make: Callable[..., Any], how: str = "save", **options: Any) -> Make:
+    """What Python puts together of the adapters a, b, c and e and the folder of the store."""
+
+    def made(store: Path, out: Path) -> Any:
+        opened = {name[-1]: ao.open_adapter(store / name) for name in ("x/ad", "c", "e")}
+        opened = {"a": opened.pop("d"), "b": ao.open_adapter(store / "y/ad"), **opened}
+        needed = inspect.signature(make).parameters
+        found = make(**{name: {**opened, "store": store}[name] for name in needed})
+        if how == "save":
+            return found.save(out, **options)
+        given = {"base": store / options["base"]} if "base" in options else {}
+        return getattr(ao, how)(found, out=out, **{**options, **given})
+
+    return made
+
+
+RULES = ["attn: 0.5,1", "re:.*q_proj: 0,2"]
+_COMPOSED: dict[str, Make] = {
+    "one method": composed(
+        lambda a, b: 2 * ao.combine("ties", [a, b], [1, 0.5], parameters={"density": 0.3}), rank=4
+    ),
+    "calibrated": composed(
+        lambda a, b: ao.combine("tsv", [a, b], calibrate="svc", match_norm="mean") + b, rank=4
+    ),
+    "at random within another": composed(
+        lambda a, b, c: ao.combine("slerp", [ao.combine("dare", [a, b], space="core", seed=7), c]),
+        extras="drop",
+        rank=5,
+    ),
+    "sums in a method": composed(
+        lambda a, b, e: ao.combine("dare", [a + 2 * b, 0.5 * e], seed=1), rank=4
+    ),
+    "a method twice": composed(
+        lambda a, b, e: (t := ao.combine("tsv", [a, b])) - 0.5 * ao.combine("project", [e, t])
+    ),
+    "modules of a method": composed(
+        lambda a, b: ao.combine("tsv", [a, b], modules=".*q_proj") - b, rank=4
+    ),
+    "activations": composed(
+        lambda a, e, store: (
+            e - ao.combine("regmean", [a, e], activations=store / "acts.safetensors")
+        ),
+        rank=5,
+    ),
+    "activations of each": composed(
+        lambda a, e, store: ao.combine(
+            "regmean",
+            [a, e],
+            activations=[store / "acts.safetensors", store / "more.safetensors"],
+        ),
+        rank=5,
+    ),
+    "module weights of a sum": composed(
+        lambda a, b, e: 2 * ao.combine("linear", [a, b], [0.7, 0], module_weights=RULES) + e + a
+    ),
+    "module weights within a method": composed(
+        lambda a, b, e: ao.combine("ties", [a, b], module_weights=RULES) + e, rank=3
+    ),
+    "module weights of a method": composed(
+        lambda a, b, e: ao.combine(
+            "linear",
+            [ao.combine("linear", [ao.combine("tsv", [a, b]), e], module_weights=RULES), a],
+            module_weights=["mlp: 1,3"],
+        )
+    ),
+    "a label": composed(
+        lambda store, b: (
+            ao.combine("dare", [ao.open_adapter(store / "x/ad", label="a"), b], seed=2)
+            + ao.combine("dare", [ao.open_adapter(store / "e", label="a#2")], seed=2)
+        ),
+        rank=6,
+    ),
+    "merge of sums": composed(
+        lambda a, b, e: [a + b, 0.5 * e], "merge", method="dare", seed=4, rank=4
+    ),
+    "merge of sums by module": composed(
+        lambda a, b, e: [a + b, e], "merge", weights=[1, 2], module_weights=RULES
+    ),
+    "compress of methods": composed(
+        lambda a, b: ao.combine("tsv", [a, b]) + b, "compress", max_error=0.3, max_rank=5
+    ),
+    "convert of methods": composed(
+        lambda a, b: ao.combine("tsv", [a, b]) - b, "convert", scaling="folded", dtype="float16"
+    ),
+    "calc of sums": lambda store, out: ao.calc(
+        "2*a - project(b, a)",
+        {
+            "a": 0.5 * ao.open_adapter(store / "x/ad") + ao.open_adapter(store / "e"),
+            "b": ao.combine("tsv", [store / "y/ad", store / "x/ad"]),
+        },
+        out=out,
+    ),
+    "calc of a part": lambda store, out: ao.calc(
+        "3*a", {"a": 0.5 * ao.open_adapter(store / "x/ad")}, out=out
+    ),
+}
+CASES |= {f"Python: {name}": make for name, make in _COMPOSED.items()}
 _NEEDED: dict[str, dict[str, Any]] = {"svd": {"parameters": {"rank": 3}}}
 CASES |= {
     f"method {name}": merged("x/ad", "e", method=name, rank=4, **_NEEDED.get(name, {}))
@@ -183,6 +282,14 @@ def test_an_output_is_made_again_to_the_byte(store, tmp_path, name):
     assert found == wanted and any(name.endswith((MAIN, "file")) for name in wanted)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("method ")])
+def test_check_computes_every_output_again(store, tmp_path, name):
+    """By the same code: nothing that `run` makes again is one that `check` cannot."""
+    report = CASES[name](store, tmp_path / "first")
+    found = ao.check(report.output, recompute=True, inputs=store, jobs=1)
+    assert [each.code for each in found.between] == ["recompute-equal"]
+
+
 BAKES: dict[str, tuple[str, dict[str, Any]]] = {
     "folder": ("base", {"weights": [0.5, 1]}),
     "file": ("one/model.safetensors", {"dtype": "bfloat16", "modules": ".*mlp.*"}),
@@ -191,6 +298,7 @@ BAKES: dict[str, tuple[str, dict[str, Any]]] = {
     "hashed": ("base", {"hash": True}),
     "ties": ("base", {"method": "ties", "parameters": {"density": 0.3}}),
     "dare": ("base", {"method": "dare", "seed": 8, "module_weights": ["attn: 0,1"]}),
+    "of sums": ("base", {"method": "dare", "seed": 8, "weights": [1, 0.5]}),
 }
 
 
@@ -198,6 +306,9 @@ BAKES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_bake_is_done_again_to_the_byte(store, tmp_path, name):
     base, options = BAKES[name]
     adapters = [store / "x/ad", store / "y/ad"]
+    if name == "of sums":
+        a, b = map(ao.open_adapter, adapters)
+        adapters = [a + b, ao.combine("tsv", [a, b])]
     ao.bake(
         store / "models" / base, adapters, out=tmp_path / f"first{Path(base).suffix}", **options
     )
@@ -219,7 +330,11 @@ def test_a_bake_of_what_is_relative_to_its_base(store, tmp_path):
 
 
 def test_every_class_of_method_is_among_the_cases():
-    named = {METHODS[name.removeprefix("method ")].signature for name in CASES if "method " in name}
+    named = {
+        METHODS[name.removeprefix("method ")].signature
+        for name in CASES
+        if name.startswith("method ")
+    }
     assert {"gram", "core", "elements"} <= named
 
 
@@ -360,14 +475,129 @@ ALTERED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[AdapterOpsError],
     "alpha": (
         lambda p: p["options"].update(alpha={"0": "x"}),
         UsageError,
-        "its provenance has the alpha 'x'",
+        "its provenance has the alpha {'0': 'x'}",
     ),
     "no inputs": (lambda p: p.pop("inputs"), FormatError, "its provenance is damaged"),
     "weight": (lambda p: p["inputs"][0].update(weight="1"), FormatError, "is damaged"),
     "NaN": (lambda p: p["inputs"][0].update(weight=float("nan")), FormatError, "is damaged"),
     "name": (lambda p: p["inputs"][0].update(name=None), FormatError, "is damaged"),
     "options": (lambda p: p.update(options=[1]), FormatError, "is damaged"),
+    "nothing went in": (lambda p: p.update(inputs=[]), FormatError, "is damaged"),
+    "a number that is none": (
+        lambda p: p["inputs"][0].update(weight=10**400),
+        FormatError,
+        "is damaged",
+    ),
+    "an option that is no number": (
+        lambda p: p["options"].update(energy=10**400),
+        UsageError,
+        "energy: is ",
+    ),
+    "alphas": (lambda p: p["options"].update(alpha=[1]), UsageError, "the alpha [1]"),
+    "an alpha of nothing": (
+        lambda p: p["options"].update(alpha={"7": 1.0}),
+        UsageError,
+        "the alpha {'7': 1.0}",
+    ),
+    "labels": (lambda p: p["options"].update(labels=["a"]), UsageError, "labels: is a list"),
 }
+
+
+def _tree(**node: Any) -> list[Any]:
+    return [[1.0, {"method": "tsv", "of": [[1.0, 0], [1.0, 1]], **node}]]
+
+
+def _deep(levels: int) -> list[Any]:
+    node: Any = 0
+    for _ in range(levels):
+        node = {"method": "linear", "of": [[1.0, node]]}
+    return [[1.0, node]]
+
+
+_RULED = {"module_weights": ["attn: 1,2"], "at": 0}
+TREES: dict[str, tuple[Any, str]] = {
+    "text": ("a", "sum: is the text 'a'"),
+    "nothing": ([], "sum: is a list"),
+    "pairs": ([[1.0]], "sum[0]: is a list"),
+    "weight": ([["1", 0]], "sum[0]: is a list"),
+    "infinite weight": ([[float("inf"), 0]], "sum[0]: is a list"),
+    "large weight": ([[10**400, 0]], "sum[0]: is a list"),
+    "place": ([[1.0, 2]], "sum[0][1]: is the number 2; expected"),
+    "negative place": ([[1.0, -1]], "sum[0][1]: is the number -1"),
+    "switch": ([[1.0, True]], "sum[0][1]: is the switch true"),
+    "lost": ([[1.0, None]], "is of an adapter that is not recorded"),
+    "unknown method": (_tree(method="moon"), "there is no method 'moon'"),
+    "method that is none": (_tree(method=[1]), "sum[0][1].method: is a list"),
+    "no method": ([[1.0, {"of": [[1.0, 0]]}]], "sum[0][1].method: is nothing"),
+    "unknown key": (_tree(moon=1), "sum[0][1].moon: "),
+    "parameters": (_tree(parameters=3), "sum[0][1].parameters: is the number 3"),
+    "unknown parameter": (_tree(parameters={"moon": 1}), "no parameter 'moon'"),
+    "value": (_tree(method="svd", parameters={"rank": 10**400}), "rank is "),
+    "space": (_tree(method="ties", space=[1]), "sum[0][1].space: is a list"),
+    "unknown space": (_tree(method="ties", space="moon"), "--space 'moon': expected one of"),
+    "seed": (_tree(method="dare", seed=-1), "--seed -1"),
+    "too many": (_tree(method="slerp", of=[[1.0, 0]] * 3), "takes 2 adapters; there are 3"),
+    "nothing within": (_tree(of=[]), "sum[0][1].of: is a list"),
+    "pattern": (_tree(modules="(a+)+b"), "could be searched for without end"),
+    "modules": (_tree(modules=3), "sum[0][1].modules: "),
+    "activations": (_tree(method="regmean", activations=["x"]), "activations (digest x)"),
+    "activations that are none": (_tree(method="regmean", activations=3), ".activations: is the"),
+    "activations for nothing": (_tree(activations=["x"]), "activations (digest x)"),
+    "rules": (
+        [[1.0, {**_RULED, "module_weights": ["re:(a+)+b: 1,1"], "of": [[1, 0], [1, 1]]}]],
+        "could be searched for without end",
+    ),
+    "rules that are none": (
+        [[1.0, {**_RULED, "module_weights": 3, "of": [[1, 0], [1, 1]]}]],
+        "sum[0][1].module_weights: ",
+    ),
+    "unknown rule": (
+        [[1.0, {**_RULED, "module_weights": ["attm: 1,2"], "of": [[1, 0], [1, 1]]}]],
+        "did you mean 'attn'?",
+    ),
+    "which of them": ([[1.0, {**_RULED, "at": 2, "of": [[1, 0], [1, 1]]}]], ".at: is the number 2"),
+    "too deep": (_deep(70), "has more than 200 levels"),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_trees_that_anybody_could_have_written(store, made, tmp_path, name):
+    tree, message = TREES[name]
+
+    def change(provenance: dict[str, Any]) -> None:
+        provenance["options"] = {"sum": tree}
+
+    with pytest.raises(AdapterOpsError, match=re.escape(message)):
+        ao.run(altered(made, change), out=tmp_path / "again", inputs=store)
+    assert not (tmp_path / "again").exists()
+
+
+def test_trees_as_deep_as_they_may_be(store, made, tmp_path):
+    def change(provenance: dict[str, Any]) -> None:
+        provenance["options"] = {"sum": _deep(50)}
+
+    ao.run(altered(made, change), out=tmp_path / "again", inputs=store)
+    ao.merge(store / "x/ad", out=tmp_path / "plain")
+    one, two = (ao.open_adapter(tmp_path / name) for name in ("again", "plain"))
+    assert (one - two).norm() < 1e-6 * two.norm()
+
+
+def test_a_tree_beside_a_method_is_not_guessed_at(store, made, tmp_path):
+    with pytest.raises(UsageError, match="sum: stands beside method"):
+        ao.run(
+            altered(made, lambda p: p["options"].update(sum=[[1.0, 0]])),
+            out=tmp_path / "again",
+            inputs=store,
+        )
+
+
+def test_part_of_what_rules_were_given_is_not_repeated(store, tmp_path):
+    """Rules speak of all adapters that they were given; one alone does not say what they were."""
+    both = [store / "x/ad", store / "y/ad"]
+    whole = ao.combine("linear", both, [1, 1], module_weights=RULES)
+    type(whole)(whole.terms[:1]).save(tmp_path / "made")
+    with pytest.raises(UsageError, match="is of an adapter that is not recorded"):
+        ao.run(tmp_path / "made", out=tmp_path / "again", inputs=store)
 
 
 @pytest.mark.parametrize("name", ALTERED)
@@ -376,13 +606,6 @@ def test_what_cannot_be_repeated_is_named(store, made, tmp_path, name):
     with pytest.raises(kind, match=re.escape(message)):
         ao.run(altered(made, change), out=tmp_path / "again", inputs=store)
     assert not (tmp_path / "again").exists()
-
-
-def test_sums_in_an_expression_that_Python_made(store, tmp_path):
-    total = 0.5 * ao.open_adapter(store / "x/ad") + ao.open_adapter(store / "c")
-    ao.calc("2*a", {"a": total}, out=tmp_path / "made", rank=3, extras="drop")
-    with pytest.raises(UsageError, match="a was a sum of adapters, made in Python"):
-        ao.run(tmp_path / "made", out=tmp_path / "again", inputs=store)
 
 
 def test_another_version_is_a_warning(store, made, tmp_path):

@@ -17,14 +17,14 @@ from adapterops.basemodel import BaseModel
 from adapterops.casts import format_name
 from adapterops.changes.mapping import changes
 from adapterops.changes.targets import Changes
-from adapterops.derive import nested
+from adapterops.composed import recorded
 from adapterops.errors import BudgetError, NumericsError
 from adapterops.extras import Policy
 from adapterops.files import checkpoint
 from adapterops.files.output import check_output, check_outside, resolved
 from adapterops.formats.model import AdapterFile, leaves
 from adapterops.prepare import origins_of
-from adapterops.provenance import Provenance, given_alphas
+from adapterops.provenance import Provenance, given_alphas, given_labels
 from adapterops.rounding.precision import exact_arithmetic
 from adapterops.stream import Compute
 from adapterops.undoing.record import NAME
@@ -88,8 +88,7 @@ def planned(
     final = out if is_directory or out.endswith(".safetensors") else f"{out}.safetensors"
     folder = given.parent if checkpoint.is_index(given) else given
     origins, shares = leaves(inputs, weights)
-    combined = {**options.combined, **nested(inputs, weights, options.combined)}
-    options = replace(options, combined=combined)
+    options = replace(options, combined=recorded(inputs, weights, options.combined))
     mine = (path for file in origins for path in (file.path, *file.weights_files))
     check_outside(final, (folder, *base.files, *mine))
     check_output(final, directory=is_directory, overwrite=options.overwrite)
@@ -133,6 +132,7 @@ def provenance_of(job: Job, record: Mapping[str, Any], on: Compute) -> Provenanc
             "reversible": options.reversible or None,
             "residual": options.residual,
             "alpha": given_alphas(job.inputs) or None,
+            "labels": given_labels(job.inputs),
         },
     )
 

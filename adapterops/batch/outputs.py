@@ -90,5 +90,5 @@ def recorded(output: str | os.PathLike[str]) -> Any:
         else:
             text = file_header(path).metadata.get(PROVENANCE_KEY)
         return json.loads(text) if text else None
-    except (FileError, FormatError, ValueError):
+    except (FileError, FormatError, ValueError, RecursionError):
         return None

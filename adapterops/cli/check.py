@@ -38,7 +38,7 @@ def _list(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 @click.option(
     "--base", metavar="PATH", help="Compare with the base model: headers, or config.json."
 )
-@click.option("--recompute", is_flag=True, help="Compute merged adapters again, and compare.")
+@click.option("--recompute", is_flag=True, help="Make adapters again from their provenance.")
 @click.option("--inputs", metavar="DIR", help="Where --recompute finds inputs, by hash [here].")
 @click.option(
     "--list",

@@ -82,9 +82,10 @@ def command(
     Keys are the verb's parameters in Python, or mergekit's; paths are relative to the recipe. What
     OUT was made from is found below --inputs by its hashes, and its tensors come out the same.
     """
+    from adapterops.recipe.calls import done
     from adapterops.render.progress import reporter
     from adapterops.stream import keep_freed_memory
-    from adapterops.verbs.run import done, prepared
+    from adapterops.verbs.run import prepared
 
     keep_freed_memory(shared=True)
     given = {name: None if value is False else value for name, value in options.items()}

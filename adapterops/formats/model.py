@@ -232,6 +232,17 @@ def _width(dtype: str) -> int:
     return casts.FORMATS[dtype].bits if dtype in casts.FORMATS else 8
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Ruled:
+    """Where an adapter with a weight in each module comes from: `rules` applied to adapters `of`
+    weights, of which it is number `at`.
+    """
+
+    rules: tuple[str, ...]
+    of: tuple[tuple[float, AdapterFile], ...]
+    at: int
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
     """One adapter as its files describe it.
@@ -244,7 +255,7 @@ class AdapterFile:
     models has their weights' `files`, and an `identity` in place of a hash of gigabytes. One that a
     merge method makes of others has these, with their weights, as `made_of`; `made_by` is what
     provenance records of the method. `label` is what the user calls it, "" for the name of its
-    path. `left_out` are modules taken out of its sites.
+    path. `left_out` are modules taken out of its sites, `ruled` says by which rules of weights.
     """
 
     path: str
@@ -270,6 +281,7 @@ class AdapterFile:
     made_by: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
     left_out: frozenset[str] = frozenset()
+    ruled: Ruled | None = None
 
     @property
     def weights_files(self) -> tuple[str, ...]:

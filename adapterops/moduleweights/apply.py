@@ -12,7 +12,7 @@ from typing import NoReturn
 from adapterops.errors import UnsupportedError, UsageError
 from adapterops.files.names import PICKLES
 from adapterops.formats import diffusers
-from adapterops.formats.model import AdapterFile, Ref, Site
+from adapterops.formats.model import AdapterFile, Ref, Ruled, Site
 from adapterops.moduleweights.blocks import family
 from adapterops.moduleweights.grammar import BlockRule, WeightRule, parse, shown
 from adapterops.moduleweights.paths import layer
@@ -51,6 +51,9 @@ def apply(
         rule, stems = chosen[index], list(modules[index])
         blocks = multipliers(rule, model, stems, file.path) if rule and stems else {}
         made, scale = _scaled(file, weight, own, blocks)
+        if made is not file:
+            given_to = tuple(zip(weights, files, strict=True))
+            made = replace(made, ruled=Ruled(tuple(specs), given_to, index))
         result.append(made)
         scales.append(scale)
     _check_owners(files, result, scales)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
 from adapterops.errors import UsageError
@@ -13,6 +13,7 @@ from adapterops.recipe.document import Document, Key, meant
 from adapterops.recipe.fitting import fitted
 
 MERGEKIT = ("models", "merge_method")  # what tells a recipe of mergekit's shape from others
+Progress = Callable[[str, int, int], None]
 _PROGRESS = "progress"
 # What other commands and tools call it.
 _OTHER_NAMES = {
@@ -110,6 +111,17 @@ def completed(call: Call, document: Document, overrides: Mapping[str, Any]) -> C
         hint = "in the recipe, or -o PATH" if missing == ["out"] else None
         raise document.error((), f"{verb.name} needs {' and '.join(missing)}", hint)
     return Call(verb, arguments, call.warnings)
+
+
+def done(call: Call, progress: Progress | None = None) -> Any:
+    """The report of a call, with the call's own warnings among its."""
+    arguments = dict(call.arguments)
+    if call.verb.takes_progress:
+        arguments["progress"] = progress
+    report = call.verb.function(**arguments)
+    if not call.warnings:
+        return report
+    return replace(report, warnings=(*call.warnings, *report.warnings))
 
 
 def unknown(document: Document, key: Key, verb: Verb) -> UsageError:

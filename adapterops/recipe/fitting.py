@@ -7,11 +7,13 @@ lists and mappings of these. Text for something that may be a path is one.
 from __future__ import annotations
 
 import collections.abc
+import math
 import os
 import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
+from adapterops.formats.peft import is_safe_pattern
 from adapterops.recipe.document import Document, Key, shown
 
 _NO = object()
@@ -41,7 +43,7 @@ def fitted(document: Document, key: Key, value: Any, kind: Any, folder: str) -> 
         for each in kinds:
             if get_origin(each) in _MAPPINGS:
                 return _mapping(document, key, value, get_args(each), folder)
-    raise document.error(key, f"is {_described(value)}; expected {expected(kind)}")
+    raise document.error(key, f"is {described(value)}; expected {expected(kind)}")
 
 
 def _mapping(
@@ -83,8 +85,23 @@ def _scalar(value: Any, kind: Any, folder: str) -> Any:
         return placed(value, folder) if isinstance(value, str | os.PathLike) else _NO
     if kind in (int, float):
         number = isinstance(value, int | float if kind is float else int)
-        return kind(value) if number and not isinstance(value, bool) else _NO
+        return kind(value) if number and is_held(value) else _NO
     return value if isinstance(kind, type) and isinstance(value, kind) else _NO
+
+
+def is_held(value: Any) -> bool:
+    """Whether a value is a finite number that floating point holds, and no switch."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
+
+
+def check_patterns(document: Document, key: Key, patterns: Any) -> None:
+    """Raise UsageError for a pattern, or several, that could be searched for without end."""
+    for pattern in patterns if isinstance(patterns, list) else [patterns]:
+        if not isinstance(pattern, str) or not is_safe_pattern(pattern):
+            raise document.error(key, f"{shown(pattern)} could be searched for without end")
 
 
 def placed(path: str | os.PathLike[str], folder: str) -> str:
@@ -128,7 +145,7 @@ def _plural(words: str) -> str:
     return {"a path": "paths", "a number": "numbers"}.get(words, words)
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     """A wrong value: numbers and switches with a hint of what they were read as."""
     if isinstance(value, collections.abc.Mapping):
         return "a mapping"

@@ -17,6 +17,7 @@ from adapterops.files.source import LocalFile, read_bytes
 from adapterops.layout import sidecar_name
 
 _LARGEST = 64 << 20
+_DEEPEST = 200  # lists and objects within one another: 66 methods
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,18 @@ def read_made(path: str | os.PathLike[str]) -> Made:
 
     Raises UsageError where there is none, FormatError for a damaged one, FileError.
     """
+    found = find_made(path)
+    if found is None:
+        raise UsageError(
+            "carries no provenance of adapterops, so nothing says how it was made",
+            path=path,
+            hint="give a recipe, an output of adapterops, or its sidecar",
+        )
+    return found
+
+
+def find_made(path: str | os.PathLike[str]) -> Made | None:
+    """`read_made`, None where there is no provenance."""
     given = os.fspath(path)
     is_directory = os.path.isdir(given)
     if given.endswith(".json"):
@@ -50,13 +63,7 @@ def read_made(path: str | os.PathLike[str]) -> Made:
         LocalFile(given)  # raises where it is missing or unreadable
         file = Path(given)
         found = recorded(given) or of_sidecar(os.fspath(file.with_name(sidecar_name(file))))
-    if found is None:
-        raise UsageError(
-            "carries no provenance of adapterops, so nothing says how it was made",
-            path=given,
-            hint="give a recipe, an output of adapterops, or its sidecar",
-        )
-    return _checked(found, given, is_directory)
+    return None if found is None else _checked(found, given, is_directory)
 
 
 def of_sidecar(path: str) -> Any:
@@ -78,7 +85,20 @@ def of_sidecar(path: str) -> Any:
     return document.get("provenance") if isinstance(document, dict) else None
 
 
+def _is_deep(found: Any) -> bool:
+    """Whether reading it may need more stack than there is."""
+    level = [found]
+    for _ in range(_DEEPEST):
+        within = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for values in within for each in values if isinstance(each, dict | list)]
+        if not level:
+            return False
+    return True
+
+
 def _checked(found: Any, path: str, is_directory: bool) -> Made:
+    if isinstance(found, dict) and _is_deep(found):
+        raise FormatError(f"its provenance has more than {_DEEPEST} levels", path=path)
     try:
         inputs = tuple(found["inputs"])
         made = Made(
@@ -97,8 +117,8 @@ def _checked(found: Any, path: str, is_directory: bool) -> Made:
             and math.isfinite(each["weight"])
             for each in inputs
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         sound = False
-    if not sound:
+    if not sound or not inputs:
         raise FormatError("its provenance is damaged", path=path)
     return made

@@ -14,18 +14,17 @@ from typing import Any
 import adapterops
 from adapterops.baking.provenance import base_record
 from adapterops.basemodel import open_model
-from adapterops.errors import FileError, IncompatibleError, UsageError
-from adapterops.formats.peft import is_safe_pattern
+from adapterops.errors import IncompatibleError, MissingInputsError, UsageError
 from adapterops.originals import Originals
 from adapterops.recipe.calls import Call, Verb
 from adapterops.recipe.document import Document, shown
-from adapterops.recipe.fitting import fitted
+from adapterops.recipe.fitting import check_patterns, fitted
 from adapterops.recipe.made import Made
 from adapterops.recipe.reopen import reopened
 
 _RENAMED = {"floor": "min_rank", "ceiling": "max_rank"}
-# The kind of a group's average, which its weights tell, and whose weights were normalised.
-_LEFT_OUT = {"alpha", "representative"}
+# What adapters are opened with, and the kind of a group's average, which its weights tell.
+_LEFT_OUT = {"alpha", "labels", "sum", "representative"}
 _TARGETS = ("rank", "energy", "max_error", "size")
 
 
@@ -51,9 +50,9 @@ class _Search:
         return self.found(path, f"the {role} {name}".rstrip(), f"sampled sha256 {identity}")
 
     def check(self) -> None:
-        """Raise FileError where something is missing."""
+        """Raise MissingInputsError where something is missing."""
         if self.missing:
-            raise FileError(
+            raise MissingInputsError(
                 f"{len(self.missing)} of what it was made from is not below "
                 f"{self.originals.folder}: {'; '.join(self.missing)}",
                 path=self.made.path,
@@ -66,8 +65,8 @@ def repeated(
 ) -> Call:
     """The call that makes the output again, but for where it goes; `verbs` gives verbs by name.
 
-    Raises UsageError, naming it, for what cannot be repeated, FileError for inputs that are missing
-    and whatever opening them raises.
+    Raises UsageError, naming it, for what cannot be repeated, MissingInputsError, and whatever
+    opening the inputs raises.
     """
     verb = _verb(made, verbs)
     options = dict(made.options)
@@ -84,11 +83,17 @@ def repeated(
         options.setdefault("scaling", "folded")
         if not any(name in options for name in _TARGETS):
             options.pop("as_stored", None)
-    if verb.name == "calc":
-        options = _without_names(made, options)
+    if verb.name == "calc" and not isinstance(options.pop("names", None), dict):
+        raise UsageError("its provenance does not say what the names are", path=made.path)
     given |= _plain(made, options, verb)
     search.check()
-    given |= reopened(made, verb, given, paths, allow_pickle)
+
+    def activations(digest: str) -> str:
+        path: str = _activations(search, digest)
+        search.check()
+        return path
+
+    given |= reopened(made, verb, given, paths, activations, allow_pickle)
     if "allow_pickle" in verb.keys:
         given["allow_pickle"] = allow_pickle
     return Call(verb, given, _warnings(made))
@@ -178,31 +183,10 @@ def _plain(made: Made, options: Mapping[str, Any], verb: Verb) -> dict[str, Any]
                 f"which version {adapterops.__version__} cannot repeat",
                 path=made.path,
             )
-        patterns = value if isinstance(value, list) else [value]
-        if name in ("modules", "module_weights") and not all(map(_is_safe, patterns)):
-            raise document.error((name,), f"{shown(value)} could be searched for without end")
+        if name in ("modules", "module_weights"):
+            check_patterns(document, (name,), value)
         found[keyword] = fitted(document, (name,), value, verb.keys[keyword], "")
     return found
-
-
-def _is_safe(pattern: Any) -> bool:
-    return isinstance(pattern, str) and is_safe_pattern(pattern)
-
-
-def _without_names(made: Made, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of `calc` without the places of its names, which must be single adapters."""
-    names = options.get("names")
-    count = len(made.inputs)
-    if not isinstance(names, dict):
-        raise UsageError("its provenance does not say what the names are", path=made.path)
-    for name, place in names.items():
-        if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < count:
-            raise UsageError(
-                f"{name} was a sum of adapters, made in Python, whose weights are not recorded",
-                path=made.path,
-                hint="make it again there",
-            )
-    return {key: value for key, value in options.items() if key != "names"}
 
 
 def _warnings(made: Made) -> tuple[str, ...]:

@@ -105,14 +105,17 @@ class Parameter:
             "whole": isinstance(value, Integral) and not isinstance(value, bool),
             "number": isinstance(value, Real) and not isinstance(value, bool),
         }[self.kind]
-        if not fits or (self.kind in ("whole", "number") and not self._inside(float(value))):
+        if not fits or (self.kind in ("whole", "number") and not self._inside(value)):
             raise UsageError(f"{method}: {self.name} is {given!r}; expected {self.range}")
         return float(value) if self.kind == "number" else value
 
-    def _inside(self, value: float) -> bool:
+    def _inside(self, value: int | float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return math.isfinite(value) and above and below
+        try:
+            return above and below and math.isfinite(value)
+        except OverflowError:  # a whole number that floating point does not hold
+            return False
 
 
 # Not an argument of the method, but of who gathers what it looks at.

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from adapterops.activations import open_activations
 from adapterops.adapter import Adapter
 from adapterops.certificate import PlanReport, Report
+from adapterops.composed import places, tree
 from adapterops.errors import UsageError
 from adapterops.expression import evaluate, read
 from adapterops.expression.evaluation import Activations, needs_activations
@@ -79,11 +80,11 @@ def calc(
     if not isinstance(adapters, Mapping):
         raise UsageError("calc takes adapters by name, such as {'a': path}")
     names = [check_name(name) for name in adapters]
-    tree = read(expression, names)
-    _check_activations(activations, names, needs_activations(tree))
+    asked = read(expression, names)
+    _check_activations(activations, names, needs_activations(asked))
     opened = open_inputs(list(adapters.values()), alpha=alpha, allow_pickle=allow_pickle)
     given = dict(zip(names, opened, strict=True))
-    result = evaluate(tree, given, modules=modules, activations=activations)
+    result = evaluate(asked, given, modules=modules, activations=activations)
     result = _with_measured(given, result)
     weights, files = zip(*result.terms, strict=True)
     return save_sum(
@@ -92,7 +93,7 @@ def calc(
         out,
         verb="calc",
         recorded={
-            "expression": tree.text,
+            "expression": asked.text,
             "names": _places(given, result),
             "activations": _digests(activations),
         },
@@ -125,15 +126,16 @@ def _with_measured(given: Mapping[str, Adapter], result: Adapter) -> Adapter:
     return result
 
 
-def _places(given: Mapping[str, Adapter], result: Adapter) -> dict[str, int | list[int]]:
-    """Which of the inputs that are recorded each name is; several where an Adapter is a sum."""
-    files, _ = leaves([file for _, file in result.terms], [weight for weight, _ in result.terms])
-    numbers = {id(file): number for number, file in enumerate(files)}
-    found: dict[str, int | list[int]] = {}
+def _places(given: Mapping[str, Adapter], result: Adapter) -> dict[str, Any]:
+    """Which of the inputs that are recorded each name is; the tree of an Adapter that is a sum."""
+    weights, files = zip(*result.terms, strict=True)
+    numbers = places(files, weights)
+    found: dict[str, Any] = {}
     for name, adapter in given.items():
-        own, _ = leaves([file for _, file in adapter.terms], [w for w, _ in adapter.terms])
-        places = [numbers[id(file)] for file in own]
-        found[name] = places[0] if len(places) == 1 else places
+        terms = tree(adapter.terms, numbers)
+        [weight, place] = terms[0]
+        single = len(terms) == 1 and weight == 1.0 and isinstance(place, int)
+        found[name] = place if single else terms
     return found
 
 

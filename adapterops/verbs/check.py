@@ -51,7 +51,7 @@ def check(
         engine: names of serving engines, whose dated rules are applied too; "portable" is all.
         base: the base model, a checkpoint, pipeline or config.json, to compare names and shapes
             with. Headers only.
-        recompute: compute adapters that carry our provenance again from their inputs.
+        recompute: make adapters that carry our provenance again, as `run` does, and compare.
         inputs: folder below which these inputs lie, found by their hashes; the current one.
         alpha: for adapters that do not say their scale; a mapping gives it to single paths.
         strict: count warnings as errors in the exit code.
@@ -210,10 +210,11 @@ def _recomputed(
     """A finding for every adapter: what computing it again says."""
     from adapterops.checking.recompute import recomputed  # imports what writes
     from adapterops.originals import Originals
+    from adapterops.verbs.run import verb
 
     folder = Originals(os.fspath(inputs) if inputs is not None else ".", on)
     for index, path in enumerate(paths):
-        yield recomputed(path, folder, on, allow_pickle=allow_pickle)
+        yield recomputed(path, verb, folder, on, allow_pickle=allow_pickle)
         if progress:
             progress("computing again", index + 1, len(paths))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from adapterops.errors import FormatError, UsageError
 from adapterops.files.source import LocalFile, read_bytes
-from adapterops.recipe.calls import MERGEKIT, Call, Verb, call_of, completed, verb_of
+from adapterops.recipe.calls import MERGEKIT, Call, Verb, call_of, completed, done, verb_of
 from adapterops.recipe.document import Document, meant, shown
 from adapterops.recipe.strict import LARGEST, read_yaml
 
@@ -124,17 +124,6 @@ def _again(
     allow_pickle = bool(overrides.get("allow_pickle"))
     call = repeated(made, verb, originals, allow_pickle=allow_pickle)
     return completed(call, Document(made.path, {}), overrides)
-
-
-def done(call: Call, progress: Progress | None = None) -> Any:
-    """The report of a call, with the call's own warnings among its."""
-    function, arguments = call.verb.function, dict(call.arguments)
-    if call.verb.takes_progress:
-        arguments["progress"] = progress
-    report = function(**arguments)
-    if not call.warnings:
-        return report
-    return replace(report, warnings=(*call.warnings, *report.warnings))
 
 
 @cache
