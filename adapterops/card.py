@@ -30,9 +30,10 @@ def model_card(report: Report) -> str:
     for item in report.inputs:
         share = "–" if item.share is None else f"{item.share:.1%}"
         kept = "–" if item.retention is None else f"{item.retention:.4f}"
+        weight = "–" if item.weight is None else f"{item.weight:g}"
         name = item.name.replace("|", "\\|")
         lines.append(
-            f"| {name} | {item.weight:g} | {item.rank} | {share} | {kept} | `{item.sha256[:16]}` |"
+            f"| {name} | {weight} | {item.rank} | {share} | {kept} | `{item.sha256[:16]}` |"
         )
     lines += [
         "",

@@ -68,11 +68,15 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True)
 class InputReport:
-    """One input: what it is, and how much of it the result holds."""
+    """One input: what it is, and how much of it the result holds.
+
+    `weight` is the coefficient of its one term, None where it has several, or is within a method
+    that is not all there is.
+    """
 
     name: str
     sha256: str
-    weight: float
+    weight: float | None
     dialect: str
     dtype: str
     base: str | None

@@ -159,7 +159,7 @@ def _inputs(
             InputReport(
                 name=origin.name,
                 sha256=origin.sha256,
-                weight=weight,
+                weight=None if index in plan.mixed else weight,
                 dialect=file.dialect,
                 dtype=format_name(file.dtype),
                 base=_public(file.base),

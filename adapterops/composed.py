@@ -8,7 +8,8 @@ makes the adapters of a tree again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from adapterops.formats.model import AdapterFile, leaves
@@ -59,6 +60,26 @@ def recorded(
     own = {} if ruled or how.get("method") else how
     terms = zip(weights, files, strict=True)
     return {**own, "sum": tree(terms, places(files, weights))}
+
+
+def single_terms(files: Sequence[AdapterFile], weights: Sequence[float]) -> set[int]:
+    """The ids of adapters on disk whose weight is the coefficient of one term, and no more.
+
+    Terms are those of the sum, or, where it is one method with the weight 1, those of that.
+    """
+    terms = list(files)
+    if len(terms) == 1 and terms[0].made_of and weights[0] == 1.0:
+        terms = [file for _, file in terms[0].made_of]
+    uses = Counter(id(leaf) for file in terms for leaf in _uses(file))
+    return {id(file) for file in terms if not file.made_of and uses[id(file)] == 1}
+
+
+def _uses(file: AdapterFile) -> Iterator[AdapterFile]:
+    """The adapters on disk of a file, each as often as it occurs."""
+    if not file.made_of:
+        yield file
+    for _, inner in file.made_of:
+        yield from _uses(inner)
 
 
 def method_of(files: Sequence[AdapterFile]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from adapterops.composed import single_terms
 from adapterops.formats import peft
 from adapterops.formats.model import AdapterFile, Layer, Ref, Site, leaves
 from adapterops.metric import Inputs
@@ -129,6 +130,7 @@ class Plan:
     """Everything that is decided before a factor is read.
 
     `listed_targets`: the config must list its targets, for an expression would not be understood.
+    `mixed` are inputs that have several places, or one within a method: their weight says nothing.
     """
 
     inputs: tuple[AdapterFile, ...]
@@ -141,6 +143,7 @@ class Plan:
     warnings: tuple[str, ...]
     scaling: Scaling = "folded"
     listed_targets: bool = False
+    mixed: frozenset[int] = frozenset()
 
     def expanded(self) -> Plan:
         """The plan with adapters on disk as its inputs, where methods make some of them."""
@@ -148,6 +151,7 @@ class Plan:
         if files == list(self.inputs):
             return self
         places = {id(file): index for index, file in enumerate(files)}
+        single = single_terms(self.inputs, self.weights)
         firsts = [leaves([file], [1.0])[0][0] for file in self.inputs]
         own = [places[id(first)] for first in firsts]
         modules = tuple(_expanded(module, self.inputs, own, places) for module in self.modules)
@@ -165,6 +169,7 @@ class Plan:
             weights=tuple(weights),
             modules=modules,
             deltas=tuple(deltas),
+            mixed=frozenset(at for at, file in enumerate(files) if id(file) not in single),
         )
 
     def measured_by(self, weighting: Weighting) -> Plan:

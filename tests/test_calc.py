@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import string
 from pathlib import Path
 
@@ -198,6 +199,41 @@ class TestSaved:
         assert [each["weight"] for each in sidecar["inputs"]] == [0.5, 0.5, -1.0]
         (mix - opened["c"]).save(tmp_path / "same")
         assert tensors(tmp_path / "m") == tensors(tmp_path / "same")
+
+    @pytest.mark.parametrize(
+        ("text", "weights"),
+        [
+            ("0.7*a - 0.2*b", (0.7, -0.2)),
+            ("0.7*a + 0*b", (0.7, 0.0)),
+            ("ties(a, b, weights=[0.6, 0.4])", (0.6, 0.4)),
+            ("2*ties(a, b)", (None, None)),
+            ("ties(a, b) + 0.5*a", (None, None)),
+            ("0.7*a - 0.2*project(a, b)", (None, None)),
+            ("0.7*a - 0.2*project(c, b)", (0.7, None, None)),
+            ("slerp(a + b, c)", (None, None, 1.0)),
+            ("slerp(a, slerp(a, b))", (None, None)),
+        ],
+        ids=lambda value: value if isinstance(value, str) else None,
+    )
+    def test_a_weight_is_reported_where_it_is_that_of_one_term(
+        self, folder, tmp_path, text, weights
+    ):
+        used = {name: folder / name for name in "abc" if re.search(rf"\b{name}\b", text)}
+        report = ao.calc(text, used, out=tmp_path / "m", rank=4)
+        inputs = {each.name: each for each in report.inputs}
+        assert tuple(inputs[name].weight for name in used) == weights
+        assert all(each.share is not None for each in inputs.values())
+        assert all((each.retention is None) == (each.weight == 0.0) for each in inputs.values())
+        made = load_provenance(tmp_path / "m")
+        assert all(isinstance(each["weight"], float) for each in made["inputs"])
+        document = json.loads((tmp_path / "m" / "adapterops.json").read_text())
+        assert [each["weight"] for each in document["inputs"]] == [
+            each.weight for each in report.inputs
+        ]
+        card = (tmp_path / "m" / "README.md").read_text()
+        for each in report.inputs:
+            shown = "–" if each.weight is None else f"{each.weight:g}"
+            assert f"| {each.name} | {shown} | {each.rank} |" in card
 
     def test_only_the_modules_asked_for(self, folder, tmp_path):
         report = ao.calc(

@@ -108,7 +108,7 @@ def _print_report(console: Any, report: Report, verbose: bool) -> None:
     for item in report.inputs:
         table.add_row(
             safe(item.name),
-            f"{item.weight:g}",
+            figure(item.weight, 6),
             str(item.rank),
             figure(item.norm, 4),
             percent(item.share),
