@@ -11,7 +11,7 @@ PACKAGE = Path(adapterops.__file__).parent
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    {"", "errors", "arrays"},
+    {"", "errors", "arrays", "suggestion"},
     {"files", "casts", "linalg", "factors", "geometry", "stream", "rounding", "rules"},
     {"formats", "certificate", "options"},
     {"ranks", "scaling", "metric", "moduleweights", "provenance", "extras", "serving", "composed"},

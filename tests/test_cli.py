@@ -206,7 +206,7 @@ def test_names_that_are_not_text(two):
 
 
 def test_unknown_command_suggests(tmp_path):
-    assert "Did you mean 'merge'?" in run("merg", cwd=tmp_path, code=2).stderr
+    assert "did you mean merge?" in run("merg", cwd=tmp_path, code=2).stderr
 
 
 def test_alpha_for_a_bare_peft_file(tmp_path):

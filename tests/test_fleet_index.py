@@ -407,7 +407,7 @@ def test_several_sources_vanish_by_themselves(fleet):
         ({"source": [], "merge": True, "remove": "x"}, "FLEETs to merge"),
         ({"source": "f", "merge": True, "out": "f"}, "is one of the indexes"),
         ({"remove": "t1", "restore": "t1", "out": "f"}, "removed and restored"),
-        ({"remove": "t55", "out": "f"}, "'t55' is not in the index; did you mean 't5'"),
+        ({"remove": "t55", "out": "f"}, "'t55' is not in the index; did you mean t5?"),
         ({"restore": "t1", "out": "f"}, "not among the removed"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -553,7 +553,7 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "unknown rule": (
         [[1.0, {**_RULED, "module_weights": ["attm: 1,2"], "of": [[1, 0], [1, 1]]}]],
-        "did you mean 'attn'?",
+        "did you mean attn?",
     ),
     "which of them": ([[1.0, {**_RULED, "at": 2, "of": [[1, 0], [1, 1]]}]], ".at: is the number 2"),
     "too deep": (_deep(70), "has more than 200 levels"),

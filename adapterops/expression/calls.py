@@ -12,11 +12,12 @@ from typing import Any, Protocol, get_args
 
 from adapterops.derived.rule import Calibration, Space
 from adapterops.errors import UsageError
-from adapterops.expression.text import Span, meant
+from adapterops.expression.text import Span
 from adapterops.expression.tree import Call, Node, Number, Option, plural
 from adapterops.rules import registry
 from adapterops.rules.modify import Target
 from adapterops.rules.registry import Method, Parameter
+from adapterops.suggestion import meant
 
 METHODS: Mapping[str, Method] = registry.METHODS
 GENERAL = ("weights", "space", "seed", "calibrate", "match_norm")  # of any method

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from adapterops.errors import UsageError
 from adapterops.expression.calls import METHODS, read_call
 from adapterops.expression.grammar import DEEPEST, parsed, too_deep
-from adapterops.expression.text import Span, marked, meant, normalized
+from adapterops.expression.text import Span, marked, normalized
 from adapterops.expression.tree import (
     Binary,
     Call,
@@ -27,6 +27,7 @@ from adapterops.expression.tree import (
     Number,
     Operator,
 )
+from adapterops.suggestion import meant
 
 _NESTED = 20  # methods within one another
 _LARGEST = 2**63  # of whole numbers; larger ones become floating

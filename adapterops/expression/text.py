@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from adapterops.errors import UsageError
@@ -85,12 +83,3 @@ def marked(text: str, at: Span, message: str, hint: str | None = None) -> UsageE
     if hint:
         return UsageError(message, hint=hint + excerpt)
     return UsageError(message + excerpt)
-
-
-def meant(name: str, known: Iterable[str]) -> str | None:
-    """`did you mean …?`, where a known name is close."""
-    listed = sorted(known)
-    near = difflib.get_close_matches(name, listed, 1) or [
-        each for each in listed if each.lower() == name.lower()
-    ]
-    return f"did you mean {near[0]}?" if near else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from adapterops.moduleweights.grammar import BlockRule, WeightRule, parse, shown
 from adapterops.moduleweights.paths import layer
 from adapterops.moduleweights.vectors import multipliers
 from adapterops.provenance import distinct, label_of
+from adapterops.suggestion import meant, nearest
 
 _OPTION = "--module-weights"
 
@@ -117,8 +117,7 @@ def _nearest(rule: WeightRule, stems: Sequence[str]) -> str | None:
     if rule.kind != "re":
         return f"the first is {min(stems)!r}; re:REGEX: … gives weights by name"
     pattern = rule.text.partition(":")[2].rpartition(":")[0].strip().replace("\\", "")
-    nearest = difflib.get_close_matches(pattern, stems, 1, 0.0)[0]
-    return f"a module matches as a whole; the nearest is {nearest!r}"
+    return f"a module matches as a whole; the nearest is {nearest(pattern, stems, 0.0)!r}"
 
 
 def _named(rule: BlockRule, files: Sequence[AdapterFile]) -> set[int]:
@@ -131,8 +130,7 @@ def _named(rule: BlockRule, files: Sequence[AdapterFile]) -> set[int]:
     for names in (labels, plain, numbers):
         if names.count(rule.adapter) == 1:
             return {names.index(rule.adapter)}
-    near = difflib.get_close_matches(rule.adapter, labels, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(labels)}; * is for all"
+    hint = meant(rule.adapter, labels) or f"they are {', '.join(labels)}; * is for all"
     raise UsageError(
         f"{_OPTION} {shown(rule.text)}: no adapter is called {rule.adapter!r}", hint=hint
     )

@@ -10,7 +10,6 @@ The first three give one weight per adapter, in their order.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import NoReturn
 from adapterops.errors import UsageError
 from adapterops.moduleweights.layouts import FAMILIES, LAYOUTS, PRESETS
 from adapterops.moduleweights.paths import GROUPS, group, layer
+from adapterops.suggestion import meant
 
 _OPTION = "--module-weights"
 _FORMS = "'layers 0-7: …', 'attn: …', 'mlp: …', 're:REGEX: …' or 'blocks[NAME]=…'"
@@ -82,8 +82,7 @@ def parse(text: str, count: int) -> WeightRule | BlockRule:
     if head in GROUPS and not text[after:colon].strip():
         weights = _weights(text, colon, count)
         return WeightRule(text, head, lambda path: group(path) == head, weights)
-    near = difflib.get_close_matches(head, _HEADS, 1)
-    hint = f"did you mean {near[0]!r}?" if near else "a pattern of names is re:REGEX: weights"
+    hint = meant(head, _HEADS) or "a pattern of names is re:REGEX: weights"
     _wrong(text, start, f"expected {_FORMS}", hint)
 
 
@@ -170,8 +169,7 @@ def _blocks(text: str, start: int) -> BlockRule:
     if value in PRESETS:
         return BlockRule(text, name, preset=value)
     if _WORD.match(value) and "," not in value:
-        near = difflib.get_close_matches(value.upper(), PRESETS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
+        hint = meant(value, PRESETS) or f"presets: {', '.join(PRESETS)}"
         _wrong(text, equals.end(), "expected a block vector or the name of a preset", hint)
     values = _numbers(text, equals.end())
     if len(values) not in LAYOUTS:

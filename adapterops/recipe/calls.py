@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
 from adapterops.errors import UsageError
-from adapterops.recipe.document import Document, Key, meant
+from adapterops.recipe.document import Document, Key, offered
 from adapterops.recipe.fitting import fitted
 
 MERGEKIT = ("models", "merge_method")  # what tells a recipe of mergekit's shape from others
@@ -128,5 +128,5 @@ def unknown(document: Document, key: Key, verb: Verb) -> UsageError:
     """The error for a key that a verb does not have."""
     name = str(key[-1])
     other = _OTHER_NAMES.get(name)
-    hint = f"it is {other} here" if other in verb.keys else meant(name, ("verb", *verb.keys))
+    hint = f"it is {other} here" if other in verb.keys else offered(name, ("verb", *verb.keys))
     return document.error(key, f"{verb.name} has no such key", hint)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from adapterops.errors import UsageError
+from adapterops.suggestion import meant
 
 Key = tuple[str | int, ...]  # from the top: ("models", 1, "parameters")
 
@@ -59,10 +59,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
-def meant(name: str, known: Iterable[str]) -> str | None:
-    """The hint for a name that there is not."""
+def offered(name: str, known: Iterable[str]) -> str | None:
+    """The hint for a name that there is not: the one that was meant, or all."""
     names = list(known)
-    near = difflib.get_close_matches(name.replace("-", "_"), names, 1)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"there is: {', '.join(names)}" if names else None
+    return meant(name, names) or (f"there is: {', '.join(names)}" if names else None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapterops.options import is_number
-from adapterops.recipe.document import Document, Key, meant, shown
+from adapterops.recipe.document import Document, Key, offered, shown
 
 _KEYS = ("filter", "value")
 _ENDING = ".weight"  # of names of tensors, which paths of modules lack
@@ -59,7 +59,7 @@ def _conditional(document: Document, key: Key, item: Any) -> tuple[str | None, f
         raise document.error(key, f"is {shown(item)}; expected filter: and value:")
     for name in item:
         if name not in _KEYS:
-            raise document.error((*key, name), "is no key of a value", meant(name, _KEYS))
+            raise document.error((*key, name), "is no key of a value", offered(name, _KEYS))
     value: Any = item.get("value")
     part = item.get("filter")
     if isinstance(value, list):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapterops.recipe.calls import MERGEKIT, Call, Verb, call_of, unknown
-from adapterops.recipe.document import Document, Key, meant, shown
+from adapterops.recipe.document import Document, Key, offered, shown
 from adapterops.recipe.filters import Weight, read_weight, rules
 from adapterops.recipe.fitting import placed
 from adapterops.recipe.parameters import check_parameters, method_at
@@ -122,7 +122,7 @@ def _models(document: Document, recipe: Mapping[str, Any], folder: str) -> list[
         entry = _mapping(document, key, item)
         for name in entry:
             if name not in _MODEL:
-                raise document.error((*key, name), "is no key of a model", meant(name, _MODEL))
+                raise document.error((*key, name), "is no key of a model", offered(name, _MODEL))
         path = entry.get("model")
         if not isinstance(path, str | os.PathLike):
             raise document.error((*key, "model"), f"is {shown(path)}; expected a path")
@@ -190,7 +190,7 @@ def _parameters(
                 continue
             key = (*model.key, "parameters", name)
             if name not in known:
-                hint = _NOT_HERE.get(name) or meant(name, ("weight", *known))
+                hint = _NOT_HERE.get(name) or offered(name, ("weight", *known))
                 raise document.error(key, f"{method.name} has no such parameter", hint)
             if any(name not in m.parameters or m.parameters[name] != value for m in models):
                 raise document.error(

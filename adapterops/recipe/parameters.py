@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adapterops.errors import UsageError
-from adapterops.recipe.document import Document, Key, meant
+from adapterops.recipe.document import Document, Key, offered
 from adapterops.rules.registry import Method, find
 
 _NONE: Mapping[str, str] = {}
@@ -34,7 +34,7 @@ def check_parameters(
     known = {parameter.name: parameter for parameter in method.parameters}
     for name, value in values.items():
         if name not in known:
-            hint = hints.get(name) or meant(name, known)
+            hint = hints.get(name) or offered(name, known)
             raise document.error(places[name], f"{method.name} has no such parameter", hint)
         try:
             known[name].read(value, method.name)

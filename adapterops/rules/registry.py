@@ -15,7 +15,6 @@ output. Others a method declares (`laws`), and it names what it breaks.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import numpy as np
 
 from adapterops.errors import UsageError
 from adapterops.rules.laws import Breach, Law
+from adapterops.suggestion import meant
 
 Array = Any
 Signature = Literal["gram", "core", "elements", "factors"]
@@ -217,7 +217,7 @@ class Method:
             if name not in known:
                 raise UsageError(
                     f"{self.name} has no parameter {name!r}",
-                    hint=_meant(name, known) or f"it has {', '.join(known) or 'none'}",
+                    hint=meant(name, known) or f"it has {', '.join(known) or 'none'}",
                 )
         values = {}
         for name, parameter in known.items():
@@ -276,14 +276,9 @@ def find(name: str) -> Method:
     if name not in METHODS:
         raise UsageError(
             f"there is no method {name!r}",
-            hint=_meant(name, METHODS) or "adapterops methods lists them",
+            hint=meant(name, METHODS) or "adapterops methods lists them",
         )
     return METHODS[name]
-
-
-def _meant(name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"did you mean {near[0]}?" if near else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import time
@@ -21,6 +20,7 @@ from adapterops.fleet.indexing.sources import Source
 from adapterops.fleet.indexing.store import Store
 from adapterops.fleet.ray_run import run_by
 from adapterops.options import as_seed, compute
+from adapterops.suggestion import meant
 
 _Path = str | os.PathLike[str]
 
@@ -179,8 +179,4 @@ def _check_known(names: Iterable[str], known: Iterable[str], where: str) -> None
     there = set(known)
     for name in names:
         if name not in there:
-            close = difflib.get_close_matches(name, there, 1)
-            raise UsageError(
-                f"the tenant {name!r} is not {where}",
-                hint=f"did you mean {close[0]!r}?" if close else None,
-            )
+            raise UsageError(f"the tenant {name!r} is not {where}", hint=meant(name, there))

@@ -12,7 +12,7 @@ from typing import Any
 from adapterops.errors import FormatError, UsageError
 from adapterops.files.source import LocalFile, read_bytes
 from adapterops.recipe.calls import MERGEKIT, Call, Verb, call_of, completed, done, verb_of
-from adapterops.recipe.document import Document, meant, shown
+from adapterops.recipe.document import Document, offered, shown
 from adapterops.recipe.strict import LARGEST, read_yaml
 
 _Path = str | os.PathLike[str]
@@ -188,7 +188,9 @@ def _call(document: Document, folder: str) -> Call:
     if name is None:
         raise document.error((), "has no verb", f"begin with verb: and one of {', '.join(VERBS)}")
     if name not in VERBS:
-        raise document.error(("verb",), f"there is no verb {shown(name)}", meant(str(name), VERBS))
+        raise document.error(
+            ("verb",), f"there is no verb {shown(name)}", offered(str(name), VERBS)
+        )
     if mergekit:
         from adapterops.recipe.mergekit import call_of_mergekit
 
