@@ -72,6 +72,35 @@ def test_options_of_a_forged_header(change: dict[str, Any], tmp_path: Path) -> N
     assert next(iter(change)) in found.findings[0].message
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "", "null", "[]", '{"verb": "merge"}'])
+def test_a_provenance_that_is_none(text: str, tmp_path: Path) -> None:
+    out = merged(tmp_path)
+    file = out / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", PROVENANCE_KEY: text})
+    (out / "adapterops.json").unlink()
+    [found] = ao.check(out, recompute=True, inputs=tmp_path).findings
+    assert found.code == "recompute-failed" and "damaged" in found.message
+
+
+def test_a_sidecar_speaks_for_a_header_that_was_lost(tmp_path: Path) -> None:
+    out = merged(tmp_path)
+    file = out / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt"})
+    assert codes(ao.check(out, recompute=True, inputs=tmp_path)) == ["recompute-equal"]
+
+
+def test_a_header_that_says_an_adapter_was_baked(tmp_path: Path) -> None:
+    """Nobody's base model is baked for what an adapter says of itself."""
+    out = merged(tmp_path)
+    file = out / "adapter_model.safetensors"
+    with safe_open(file, "np") as opened:
+        metadata = dict(opened.metadata())
+    made = json.loads(metadata[PROVENANCE_KEY]) | {"verb": "bake"}
+    save_file(load_file(file), file, metadata | {PROVENANCE_KEY: json.dumps(made)})
+    [found] = ao.check(out, recompute=True, inputs=tmp_path).findings
+    assert found.code == "recompute-failed" and "which writes models" in found.message
+
+
 def test_a_pickled_input_is_opened_on_request_only(tmp_path: Path) -> None:
     import torch
 

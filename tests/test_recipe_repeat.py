@@ -482,6 +482,11 @@ ALTERED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[AdapterOpsError],
     "NaN": (lambda p: p["inputs"][0].update(weight=float("nan")), FormatError, "is damaged"),
     "name": (lambda p: p["inputs"][0].update(name=None), FormatError, "is damaged"),
     "options": (lambda p: p.update(options=[1]), FormatError, "is damaged"),
+    "a name that is no text": (
+        lambda p: p["inputs"][0].update(name="\ud800"),
+        FormatError,
+        "is damaged",
+    ),
     "nothing went in": (lambda p: p.update(inputs=[]), FormatError, "is damaged"),
     "a number that is none": (
         lambda p: p["inputs"][0].update(weight=10**400),

@@ -17,8 +17,8 @@ import adapterops
 from adapterops.adapter import Adapter
 from adapterops.casts import FORMATS
 from adapterops.checking.findings import Finding, few, finding
-from adapterops.errors import AdapterOpsError, MissingInputsError, UnsupportedError
-from adapterops.files.output import MAIN
+from adapterops.errors import AdapterOpsError, FormatError, MissingInputsError, UnsupportedError
+from adapterops.files.output import MAIN, PROVENANCE_KEY
 from adapterops.formats import AdapterFile, Ref, mlx, open_adapter_file
 from adapterops.formats.names import DIRECTORIES
 from adapterops.originals import Originals
@@ -49,6 +49,8 @@ def recomputed(
         return finding("recompute-failed", text, path=path, module=error.module)
     try:
         made = find_made(path)
+        if made is None and PROVENANCE_KEY in file.metadata:
+            raise FormatError("its provenance is damaged", path=path)
         if made is None:
             return finding("recompute-none", "carries no provenance of adapterops", path=path)
         with tempfile.TemporaryDirectory(prefix="adapterops-") as folder:

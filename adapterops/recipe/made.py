@@ -100,6 +100,7 @@ def _checked(found: Any, path: str, is_directory: bool) -> Made:
     if isinstance(found, dict) and _is_deep(found):
         raise FormatError(f"its provenance has more than {_DEEPEST} levels", path=path)
     try:
+        json.dumps(found, ensure_ascii=False).encode()  # text that is none cannot be written again
         inputs = tuple(found["inputs"])
         made = Made(
             path,
