@@ -81,7 +81,8 @@ class Originals:
 
     def _adapter(self, origin: Origin) -> str | None:
         for path in sorted(self._adapters, key=lambda path: not _is_likely(path, origin)):
-            if self._known.get(("sha256", path)) != origin.get("sha256"):
+            found = self._known.get(("sha256", path))
+            if not found or found != origin.get("sha256"):
                 continue
             recorded = origin.get("config_sha256")
             config = locate(path).config
@@ -122,7 +123,7 @@ class Originals:
                     self._known[kind, path] = _MARKS[kind](path)
                 except AdapterOpsError:
                     self._known[kind, path] = ""  # not one of these
-            if self._known[kind, path] == wanted:
+            if wanted and self._known[kind, path] == wanted:
                 return path
         return None
 

@@ -482,6 +482,21 @@ ALTERED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[AdapterOpsError],
     "NaN": (lambda p: p["inputs"][0].update(weight=float("nan")), FormatError, "is damaged"),
     "name": (lambda p: p["inputs"][0].update(name=None), FormatError, "is damaged"),
     "options": (lambda p: p.update(options=[1]), FormatError, "is damaged"),
+    "activations of another verb": (
+        lambda p: (p.update(verb="convert"), p.update(options={"activations": ""})),
+        UsageError,
+        "made by convert of version",
+    ),
+    "the base of another verb": (
+        lambda p: p["options"].update(base="x"),
+        UsageError,
+        "with base = 'x', which version",
+    ),
+    "the hash of nothing": (
+        lambda p: p["inputs"][0].update(sha256="", name="") or p["inputs"][0].pop("config_sha256"),
+        FileError,
+        "1 of what it was made from",
+    ),
     "a name that is no text": (
         lambda p: p["inputs"][0].update(name="\ud800"),
         FormatError,

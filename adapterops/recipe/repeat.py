@@ -124,9 +124,10 @@ def _adapters(search: _Search) -> list[str]:
 
 
 def _beside(search: _Search, options: dict[str, Any], verb: Verb) -> dict[str, Any]:
-    """Models and activations that went in; they are taken out of `options`."""
+    """Models and activations that the verb takes; they are taken out of `options`."""
     found: dict[str, Any] = {}
-    base, shapes = options.pop("base", None), options.pop("shapes", None)
+    base = options.pop("base", None) if "base" in verb.keys else None
+    shapes = options.pop("shapes", None) if "base" in verb.keys else None
     if base is not None and verb.name == "bake":
         kind = os.path.isdir if search.made.is_directory else os.path.isfile
         found |= {"base": search.model("base", base, kind), **_hashing(base, options)}
@@ -136,9 +137,9 @@ def _beside(search: _Search, options: dict[str, Any], verb: Verb) -> dict[str, A
     elif shapes is not None:
         path = search.originals.shapes(str(shapes))
         found["base"] = search.found(path, "the base", f"sha256 of shapes {shapes}")
-    if "residual" in options:
+    if "residual" in options and "residual" in verb.keys:
         found["residual"] = search.model("residual", options.pop("residual"))
-    if "activations" in options:
+    if "activations" in options and "activations" in verb.keys:
         found["activations"] = _activations(search, options.pop("activations"))
     return found
 
