@@ -215,7 +215,7 @@ def options_of(words: Sequence[str]) -> dict[str, str]:
 def test_candidates_are_what_a_merge_gives(mix: Any, weights: list[float]) -> None:
     report = looked_at(mix[0], weights, samples=10)
     names = [one.name for one in report.candidates]
-    assert names[0] == "linear" and len(names) == 10 and "slerp" not in names
+    assert names[0] == "linear" and len(names) == 10 and "nuslerp" not in names
     mean = np.mean([one.norm for one in report.inputs])
     vectors = [flat(one, list(SHAPES)) for one in mix[1]]
     for one in report.candidates:
@@ -229,11 +229,11 @@ def test_candidates_are_what_a_merge_gives(mix: Any, weights: list[float]) -> No
 
 def test_two_adapters_have_an_arc(mix: Any) -> None:
     report = looked_at(mix[0][:2], [1, 1], samples=10)
-    [slerp] = [one for one in report.candidates if one.name == "slerp"]
-    made = combine("slerp", mix[0][:2], [1, 1])
+    [arc] = [one for one in report.candidates if one.name == "nuslerp"]
+    made = combine("nuslerp", mix[0][:2], [1, 1])
     result = flat({stem: made[stem].dense() for stem in made}, list(SHAPES))
     first = flat(mix[1][0], list(SHAPES))
-    assert slerp.retention[0] == pytest.approx(result @ first / (first @ first), rel=1e-8)
+    assert arc.retention[0] == pytest.approx(result @ first / (first @ first), rel=1e-8)
 
 
 def test_opposite_adapters_have_no_mean_direction(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_opposite_adapters_have_no_mean_direction(tmp_path: Path) -> None:
     [pair] = report.pairs
     assert pair.cosine == pytest.approx(-1) and pair.conflict and pair.conflict.count == 1.0
     by_name = {one.name: one for one in report.candidates}
-    assert "opposite" in by_name["slerp"].note and by_name["slerp"].retention == (None, None)
+    assert "opposite" in by_name["nuslerp"].note and by_name["nuslerp"].retention == (None, None)
     assert by_name["linear"].size == pytest.approx(0.0, abs=1e-14)
     assert by_name["linear"].retention == pytest.approx((0.0, 0.0), abs=1e-14)
     assert report.norm <= report.floor and report.hints == report.needed == ()

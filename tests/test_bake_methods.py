@@ -116,3 +116,26 @@ def test_module_weights_and_plain_sums(model, tmp_path):
         change = sum(w * dense(each)[name] for w, each in zip(shares, factors, strict=True))
         wanted = tensors[f"{name}.weight"] + change
         assert np.abs(found[f"{name}.weight"] - wanted).max() < 1e-6
+
+
+def test_modules_that_are_left_out_need_no_place_in_the_base(model, tmp_path):
+    base, tensors = model
+    more = {**SHAPES, "model.layers.7.mlp.gate_proj": (32, 24)}
+    folders = [write_peft(tmp_path / f"w{i}", pairs(i, more, 2), alpha=2.0) for i in range(2)]
+    ao.bake(
+        base,
+        folders,
+        [1, 1],
+        out=tmp_path / "out",
+        method="ties",
+        modules=".*q_proj",
+        parameters={"density": 1.0, "normalize": False},
+        dtype="float32",
+    )
+    stem = "model.layers.0.self_attn.q_proj"
+    found = load_file(tmp_path / "out" / "model.safetensors")[f"{stem}.weight"]
+    D = np.stack([dense(pairs(i, more, 2))[stem] for i in range(2)])
+    expected = tensors[f"{stem}.weight"].astype(np.float32) + np.where(
+        D[0] * D[1] >= 0, D.sum(0), np.where(np.abs(D[0]) > np.abs(D[1]), D[0], D[1])
+    )
+    assert np.abs(found - expected).max() <= 1e-5

@@ -401,3 +401,13 @@ def test_the_recipes_in_examples_run(recipe, tmp_path):
     found = ao.run(recipe) if reads else ao.run(recipe, out=tmp_path / "out")
     assert found.to_dict()["schema"] == f"adapterops.{verb}/1"
     assert reads or 0 < found.error < 0.7
+
+
+def test_what_is_wrong_with_an_expression_has_the_recipes_place_too(tmp_path):
+    recipe = tmp_path / "mix.yaml"
+    recipe.write_text("verb: calc\nexpression: 0.7*a + tiess(a)\nadapters: {a: a}\nout: o\n")
+    with pytest.raises(UsageError) as caught:
+        prepared(recipe)
+    said = str(caught.value)
+    assert said.startswith(f"{recipe}:2:1: expression: ") and "did you mean ties?" in said
+    assert said.endswith("0.7*a + tiess(a)\n            ^^^^^")

@@ -26,7 +26,7 @@ DENSE = "ties, dare, della, breadcrumbs and sce between the entries of ΔW itsel
 _METHODS = (
     ("linear", "linear", "dense", None),
     ("linear, pico", "linear", "dense", "pico"),
-    ("slerp", "slerp", "dense", None),
+    ("nuslerp", "nuslerp", "dense", None),
     ("karcher", "karcher", "dense", None),
     ("model_stock", "model_stock", "dense", None),
     ("tsv", "tsv", "dense", None),

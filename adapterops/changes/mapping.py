@@ -55,7 +55,7 @@ def changes(
     origins, shares = leaves([inputs[index] for index in found], [weights[i] for i in found])
     for file in origins:
         if id(file) not in mine:
-            mine[id(file)] = addresses(file, plain, dict(file.sites), list(file.deltas))
+            mine[id(file)] = addresses(file, plain, *_matching(file.sites, file.deltas, modules))
     carried = values(
         base,
         origins,
@@ -104,19 +104,9 @@ def _select(
         (dict(file.sites), list(file.deltas)) if weight else ({}, [])
         for file, weight in zip(inputs, weights, strict=True)
     ]
+    chosen = [_matching(*each, pattern) for each in given]
     if pattern is None:
-        return given, 0
-    try:
-        matches = re.compile(pattern).fullmatch
-    except re.error as error:
-        raise UsageError(f"--modules {pattern!r} is no regular expression ({error})") from None
-    chosen: list[_Chosen] = [
-        (
-            {stem: site for stem, site in sites.items() if matches(stem)},
-            [name for name in deltas if matches(_stem(name))],
-        )
-        for sites, deltas in given
-    ]
+        return chosen, 0
     every = {stem for sites, deltas in given for stem in (*sites, *map(_stem, deltas))}
     kept = {stem for sites, deltas in chosen for stem in (*sites, *map(_stem, deltas))}
     if not kept:
@@ -125,6 +115,18 @@ def _select(
             hint=f"the first is {min(every)!r}" if every else None,
         )
     return chosen, len(every) - len(kept)
+
+
+def _matching(sites: Mapping[str, Site], deltas: Iterable[str], pattern: str | None) -> _Chosen:
+    """What of an adapter matches as a whole; all without a pattern."""
+    try:
+        matches = re.compile("(?s:.*)" if pattern is None else pattern).fullmatch
+    except re.error as error:
+        raise UsageError(f"--modules {pattern!r} is no regular expression ({error})") from None
+    return (
+        {stem: site for stem, site in sites.items() if matches(stem)},
+        [name for name in deltas if matches(_stem(name))],
+    )
 
 
 def _stem(name: str) -> str:

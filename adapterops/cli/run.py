@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -85,7 +86,7 @@ def command(
     from adapterops.recipe.calls import done
     from adapterops.render.progress import reporter
     from adapterops.stream import keep_freed_memory
-    from adapterops.verbs.run import prepared
+    from adapterops.verbs.run import is_output, prepared
 
     keep_freed_memory(shared=True)
     given = {name: None if value is False else value for name, value in options.items()}
@@ -100,12 +101,14 @@ def command(
     if as_json:
         talk.result(talk.document(_document(report, verbose)), where)
     elif not quiet:
-        talk.result(_page(call.verb.name, report, verbose), where)
+        again = f"adapterops compress --rank {{}} {shlex.quote(where)} -o OTHER"
+        advice = (again if is_output(recipe) else "rank: {}").format
+        talk.result(_page(call.verb.name, report, verbose, advice), where)
     sys.exit(_exit_code(call.verb.name, report))
 
 
-def _page(verb: str, report: Any, verbose: bool) -> str:
-    """What the verb's own command prints."""
+def _page(verb: str, report: Any, verbose: bool, advice: Callable[[int], str]) -> str:
+    """What the verb's own command prints; `advice` says how to have another rank."""
     from adapterops.verbs.results import ManyReport
 
     if isinstance(report, ManyReport):
@@ -117,7 +120,7 @@ def _page(verb: str, report: Any, verbose: bool) -> str:
     if verb == "unbake":
         return page(report)
     if verb in _WITH_RANKS:
-        return page(report, verbose=verbose, command=lambda rank: f"rank: {rank}")
+        return page(report, verbose=verbose, command=advice)
     return page(report, verbose=verbose)
 
 

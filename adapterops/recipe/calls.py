@@ -83,7 +83,19 @@ def call_of(
         arguments[name] = fitted(document, key, value, verb.keys[name], folder)
     if keys is None and arguments.keys() & {"method", "parameters"}:
         _check_method(document, arguments)
+    if verb.name == "calc" and {"expression", "adapters"} <= arguments.keys():
+        _check_expression(document, arguments)
     return Call(verb, arguments)
+
+
+def _check_expression(document: Document, arguments: Mapping[str, Any]) -> None:
+    """Raise UsageError, with both places, for what is wrong with an expression."""
+    from adapterops.expression import read  # where there is one
+
+    try:
+        read(arguments["expression"], list(arguments["adapters"]))
+    except UsageError as error:
+        raise document.error(("expression",), error.message, error.hint) from None
 
 
 def _check_method(document: Document, arguments: Mapping[str, Any]) -> None:

@@ -88,7 +88,7 @@ def linear(G: Array, w: Array, *, normalize: bool) -> Array:
 @method(
     "slerp",
     "gram",
-    summary="The point at t of the arc between two adapters.",
+    summary="The point at t of the arc between two adapters, each times its weight first.",
     reference="Shoemake 1985, Animating rotation with quaternion curves, section 3.3",
     parameters=[Parameter("t", "number", 0.5, "0 is the first, 1 the second", 0.0, 1.0), SCOPE],
     laws=["identity", "homogeneous"],

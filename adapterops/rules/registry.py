@@ -106,7 +106,10 @@ class Parameter:
             "number": isinstance(value, Real) and not isinstance(value, bool),
         }[self.kind]
         if not fits or (self.kind in ("whole", "number") and not self._inside(value)):
-            raise UsageError(f"{method}: {self.name} is {given!r}; expected {self.range}")
+            raise UsageError(
+                f"{method}: {self.name} is {given!r}; expected {self.range}",
+                hint=meant(given, self.choices) if isinstance(given, str) else None,
+            )
         return float(value) if self.kind == "number" else value
 
     def _inside(self, value: int | float) -> bool:

@@ -101,7 +101,7 @@ def prepared(
     **overrides: Any,
 ) -> Call:
     """The call that `run` makes; `overrides` are its other keywords. Raises what it raises."""
-    if not isinstance(recipe, Mapping) and _is_output(recipe):
+    if not isinstance(recipe, Mapping) and is_output(recipe):
         return _again(recipe, inputs, progress, overrides)
     if inputs is not None:
         raise UsageError("--inputs is for an output that is made again; a recipe has its paths")
@@ -144,7 +144,7 @@ def verb(name: str, of_many: bool = False) -> Verb:
     )
 
 
-def _is_output(path: _Path) -> bool:
+def is_output(path: _Path) -> bool:
     """Whether a path is what a verb wrote, rather than a recipe."""
     text = os.fspath(path)
     if os.path.isdir(text) or text.lower().endswith(_OUTPUTS):
