@@ -13,6 +13,7 @@ from adapterops.certificate import PlanReport, Report
 from adapterops.errors import IncompatibleError
 from adapterops.factors import Factors
 from adapterops.formats import AdapterFile, Ref, open_adapter_file
+from adapterops.formats.components import lined_up
 from adapterops.formats.kinds import split
 from adapterops.save import save_sum
 
@@ -92,7 +93,9 @@ class Adapter(Mapping[str, Factors]):
             return NotImplemented
         weights: dict[int, float] = {}
         files: dict[int, AdapterFile] = {}
-        for weight, file in (*self.terms, *other.terms):
+        terms = (*self.terms, *other.terms)
+        lined = lined_up([file for _, file in terms])
+        for (weight, _), file in zip(terms, lined, strict=True):
             weights[id(file)] = weights.get(id(file), 0.0) + weight
             files[id(file)] = file
         return Adapter(tuple((weights[key], files[key]) for key in files))

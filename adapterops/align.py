@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from adapterops.casts import READABLE
 from adapterops.errors import IncompatibleError, NumericsError, UnsupportedError, UsageError
 from adapterops.formats import diffusers
+from adapterops.formats.components import lined_up
 from adapterops.formats.model import AdapterFile, Site
 from adapterops.formats.names import DIRECTORIES, factored_weight, two_names
 from adapterops.plan import DensePart, DenseSum, Module, Part, Plan
@@ -37,6 +38,7 @@ def align(
     A module that an input lacks counts as zero for it. Raises IncompatibleError for shapes that
     differ or nothing in common, UsageError for an unknown dtype or a pattern without matches.
     """
+    inputs = lined_up(inputs)
     warnings = [note for file in inputs for note in file.notes]
     for file, weight in zip(inputs, weights, strict=True):
         if not math.isfinite(weight):

@@ -13,6 +13,7 @@ from adapterops.adapter import Adapter
 from adapterops.derive import derived
 from adapterops.derived.rule import Rule
 from adapterops.errors import UsageError
+from adapterops.formats.components import lined_up
 from adapterops.formats.model import AdapterFile
 from adapterops.inputs import Input, flat, open_inputs
 from adapterops.options import as_seed, check_weights
@@ -105,7 +106,7 @@ def terms(
         _check_activations(rule, activations)
     if is_plain(rule) and not module_weights:
         return flat(adapters, weights)
-    files = [whole(adapter) for adapter in adapters]
+    files = lined_up([whole(adapter) for adapter in adapters])
     found = list(weights)
     if module_weights:
         from adapterops.moduleweights.apply import apply

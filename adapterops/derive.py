@@ -44,6 +44,7 @@ def derived(
     if not any(weights):
         raise NumericsError("every weight is zero: the result is nothing but zeros")
     plan = align(files, [1.0] * len(files), modules=modules)
+    files = plan.inputs
     name = rule.method.name
     for delta in plan.deltas:
         raise UnsupportedError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapterops.adapter import Adapter
 from adapterops.errors import UsageError
 from adapterops.formats import AdapterFile, open_adapter_file, read_adapter
+from adapterops.formats.components import lined_up
 from adapterops.options import is_number
 
 if TYPE_CHECKING:
@@ -27,14 +28,20 @@ def open_inputs(
     """The adapters named; a path has weight 1. `alpha` is one number or a mapping by path.
 
     Raises UsageError for an alpha that is not above 0 or is meant for none of the inputs, and
-    whatever opening an adapter raises.
+    whatever opening an adapter and `lined_up` raise.
     """
     if isinstance(adapters, str | os.PathLike | Adapter):
         adapters = [adapters]
     items = list(adapters)
     paths = {os.fspath(item) for item in items if not isinstance(item, Adapter)}
     default, single = _alphas(alpha, paths)
-    return [_open(item, single, default, allow_pickle) for item in items]
+    return _together([_open(item, single, default, allow_pickle) for item in items])
+
+
+def _together(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The same adapters, each module under one name in all of them."""
+    lined = iter(lined_up([file for adapter in adapters for _, file in adapter.terms]))
+    return [Adapter(tuple((weight, next(lined)) for weight, _ in one.terms)) for one in adapters]
 
 
 def _alphas(
