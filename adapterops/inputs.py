@@ -94,6 +94,7 @@ def open_rebased(
     `open_model` and `rebase` raise.
     """
     from adapterops.basemodel import open_model
+    from adapterops.rebased.kernels import with_kernels
     from adapterops.rebased.rebase import rebase
 
     if isinstance(adapter, Adapter):
@@ -109,7 +110,7 @@ def open_rebased(
     models = {"base": open_model(base)}
     if residual is not None:
         models["residual"] = open_model(residual)
-    rebased = rebase(file, models["base"], models.get("residual"))
+    rebased = rebase(with_kernels(file, models["base"]), models["base"], models.get("residual"))
     return Adapter(((1.0, rebased),)), {name: model.identity for name, model in models.items()}
 
 

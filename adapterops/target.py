@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from adapterops.casts import DTYPE_NAMES
 from adapterops.errors import IncompatibleError, UsageError
-from adapterops.formats.model import AdapterFile
+from adapterops.formats.kinds import BESIDE, kind_of
+from adapterops.formats.model import AdapterFile, Site
 from adapterops.formats.names import DIRECTORIES, translate
 from adapterops.plan import DenseSum, Module, Part
 
@@ -15,10 +16,16 @@ from adapterops.plan import DenseSum, Module, Part
 _SDXL_CONTEXT = 2048
 _CONTEXT = re.compile(r"attn2[._]to_k$")
 _CONVOLUTION = re.compile(
-    r"(^|[._])(conv|conv\d|conv_(in|out|shortcut)|op|in_layers_2|out_layers_3|(attentions[._]\d+|blocks_\d+_1)[._]proj_(in|out))$"
+    r"(^|[._])(conv(olution|\d[a-z]?|_?(in|out|shortcut|stem|head|proj|point|inverted))?|op"
+    r"|in_layers_2|out_layers_3|(attentions[._]\d+|blocks_\d+_1)[._]proj_(in|out))$"
+)
+# Pieces of names that only linear layers have in models with convolutions.
+_LINEAR = re.compile(
+    r"attn|attention|mlp|(^|[._])(ff|fc|lin|to_[qkv]|[qkvo]$)|dense|proj|query|key|value|emb|head|classifier"
 )
 # Kinds whose tensors may hold a convolution's kernel flattened into the columns.
 _FLAT_KINDS = {"loha", "lokr", "adalora"}
+_SHOWN = 3
 
 
 def check_deltas(deltas: Sequence[DenseSum], to: str, first: AdapterFile) -> None:
@@ -90,21 +97,28 @@ def orientation_warnings(inputs: Sequence[AdapterFile]) -> list[str]:
     ]
 
 
+def hides_kernel(site: Site) -> bool:
+    """Whether a module may be a convolution although no tensor of it shows a kernel."""
+    kind = kind_of(frozenset(site.parts) - BESIDE) or (site.inner or site).kind
+    return not site.kernel and kind in _FLAT_KINDS and site.layer == "linear"
+
+
 def kernel_warnings(modules: Sequence[Module]) -> list[str]:
-    """Convolutions by name whose kernel no input shows: loaders want its shape."""
-    hidden = [
-        module.stem
-        for module in modules
-        if not module.kernel
-        and _CONVOLUTION.search(module.stem)
-        and all(part.site.kind in _FLAT_KINDS for part in module.parts)
-    ]
+    """Modules that may be convolutions whose kernel no input shows: loaders want its shape.
+
+    Names tell, and where there are convolutions at all, all names but those of linear layers.
+    """
+    flat = [m for m in modules if not m.kernel and all(hides_kernel(site) for _, site in m.origins)]
+    named = {module.stem for module in flat if _CONVOLUTION.search(module.stem)}
+    beside = bool(named) or any(module.kernel for module in modules)
+    hidden = [m.stem for m in flat if m.stem in named or (beside and not _LINEAR.search(m.stem))]
     if not hidden:
         return []
-    more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
+    more = f" and {len(hidden) - _SHOWN} more" if len(hidden) > _SHOWN else ""
     return [
-        f"{hidden[0]}{more}: if this is a convolution, its factors do not show the kernel; they "
-        "are written as matrices, which not every loader takes"
+        f"{', '.join(hidden[:_SHOWN])}{more}: if this is a convolution, its factors do not show "
+        "the kernel; they are written as matrices, which not every loader takes (convert --base "
+        "MODEL takes kernels from the model)"
     ]
 
 

@@ -40,6 +40,7 @@ def against(file: AdapterFile, base: Base) -> Findings:
     if not found:
         return
     yield from _shapes(file, base, found)
+    yield from _kernels(file, base, found)
     yield from _orientation(file, base, found)
     yield from _tied(file, base)
     yield from _coverage(file, base, set(found.values()))
@@ -102,6 +103,28 @@ def _shapes(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Findings
             f"{plural(len(stems), 'module')} change a weight of {own}, {base.name} has {other}",
             module=stems[0],
             hint="are both of the same model? a grown vocabulary shows in the embedding only",
+        )
+
+
+def _kernels(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Findings:
+    """LoRA whose factors are matrices although the weight has a kernel, of PEFT's loaders."""
+    flat = [
+        stem
+        for stem, path in found.items()
+        if file.sites[stem].kind == "lora"
+        and file.sites[stem].dialect in ("peft", "diffusers")
+        and file.sites[stem].layer == "linear"
+        and not file.sites[stem].owned
+        and len(base.shapes[path] or ()) > 2
+    ]
+    if flat:
+        shape = _size(base.shapes[found[flat[0]]] or ())
+        yield finding(
+            "base-kernel",
+            f"{plural(len(flat), 'module')} with matrices as factors change a convolution of "
+            f"{base.name}, such as one of {shape}: PEFT and diffusers do not load them",
+            module=flat[0],
+            hint="convert --base MODEL writes a LoHa, LoKr or AdaLoRA with the kernels",
         )
 
 

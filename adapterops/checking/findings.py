@@ -167,6 +167,7 @@ _CODES: tuple[tuple[str, Severity, Scope, str], ...] = (
     ("base-module", "error", "set", "a module that the base has not"),
     ("base-shape", "error", "set", "a module whose shape is not that of the base's weight"),
     ("base-names", "warning", "set", "no module's name occurs in the base"),
+    ("base-kernel", "warning", "set", "matrices as factors where the base has a convolution"),
     ("base-orientation", "warning", "set", "fan_in_fan_out contradicts the base's shapes"),
     ("base-square", "note", "set", "square weights whose orientation only the flag says"),
     ("base-tied", "warning", "set", "embedding and head are one weight in the base"),

@@ -28,6 +28,7 @@ from adapterops.errors import FormatError, UnsupportedError
 from adapterops.formats import inits
 
 Shapes = Mapping[str, tuple[int, ...]]
+BESIDE = frozenset({"alpha", "bias", "magnitude"})  # roles that modules of any kind may have
 
 
 @dataclass(frozen=True, slots=True)

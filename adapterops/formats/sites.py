@@ -12,10 +12,9 @@ from adapterops import casts
 from adapterops.errors import AdapterOpsError, FormatError, IncompatibleError, UnsupportedError
 from adapterops.formats import diffusers, peft
 from adapterops.formats.group import Group
-from adapterops.formats.kinds import KINDS, kind_of
+from adapterops.formats.kinds import BESIDE, KINDS, kind_of
 from adapterops.formats.model import Layer, Ref, Site
 
-_BESIDE = {"alpha", "bias", "magnitude"}
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embedding"}
 _MOST_NESTED = 5  # parameters of one module that PEFT wraps in one another
 DORA = "dora"
@@ -94,7 +93,7 @@ def _sites(
     levels: Mapping[str, Mapping[str, int]] | None,
 ) -> list[Site]:
     """One site, or one per expert. Raises for tensors that make no module of a known kind."""
-    roles = frozenset(module.parts) - _BESIDE
+    roles = frozenset(module.parts) - BESIDE
     kind = kind_of(roles)
     if kind is None:
         raise _no_kind(roles, module)

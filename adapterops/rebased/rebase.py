@@ -17,13 +17,12 @@ from adapterops.basemodel import BaseModel
 from adapterops.casts import format_name
 from adapterops.errors import FormatError, IncompatibleError, UnsupportedError, UsageError
 from adapterops.formats import diffusers, peft
-from adapterops.formats.kinds import KINDS, kind_of
+from adapterops.formats.kinds import BESIDE, KINDS, kind_of
 from adapterops.formats.model import AdapterFile, Ref, Site
 from adapterops.provenance import base_name
 from adapterops.rebased.magnitude import axis_of
 from adapterops.rebased.weights import weights
 
-_BESIDE = {"alpha", "bias", "magnitude"}
 _DERIVED = ("pissa", "olora")  # initialisations that follow from the base's weight alone
 _HALVES = ("F16", "BF16")
 _RELATIVE_KEYS = ("use_dora", "init_lora_weights")
@@ -141,7 +140,7 @@ def _why(init: str) -> str:
 
 def _kind(site: Site) -> str:
     """The kind that a module's factors make, DoRA or not."""
-    return kind_of(frozenset(site.parts) - _BESIDE) or site.kind
+    return kind_of(frozenset(site.parts) - BESIDE) or site.kind
 
 
 def _rebased(site: Site, init: str, base: Ref, started: Ref | None) -> Site:

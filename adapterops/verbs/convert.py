@@ -50,7 +50,8 @@ def convert(
     LoHa, LoKr, AdaLoRA and Tucker become LoRA exactly, of the rank that takes. What is relative to
     a base model needs it: with `base`, PiSSA and OLoRA become LoRA of twice their rank, exactly;
     DoRA, and with `residual` any initialisation that moved the base, become the best LoRA of the
-    rank or error asked for, of W′ − W module by module.
+    rank or error asked for, of W′ − W module by module. Convolutions whose kernels LoHa, LoKr and
+    AdaLoRA hide get them from `base`.
 
     Args:
         adapter: a path or an Adapter.
