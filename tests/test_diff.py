@@ -406,3 +406,14 @@ def test_modules_by_pattern(tmp_path: Path) -> None:
     assert report.pair is not None and report.left_out == 3
     assert set(report.pair.modules) == {f"layers.{i}.q" for i in range(3)}
     assert "3 modules left out" in comparison(report)
+
+
+@pytest.mark.parametrize("how", [("ties", "dense"), ("ties", "core"), ("tsv", "dense")], ids=str)
+def test_what_a_method_makes_is_an_adapter_like_others(how, tmp_path):
+    method, space = how
+    folders = [write_peft(tmp_path / f"m{i}", pairs(i, SHAPES, 2), alpha=4.0) for i in range(3)]
+    made = ao.combine(method, folders[:2], space=space)
+    other = ao.open_adapter(folders[2])
+    found = ao.diff([made, folders[2]])
+    gap = (made - other).norm()
+    assert found.distance[0][1] == pytest.approx(gap / made.norm(), rel=1e-6)

@@ -52,6 +52,8 @@ def delta_noise(part: Part, factors: Factors) -> float:
     """
     site = part.site
     stored = [ref.dtype for role, ref in site.parts.items() if role not in _NO_FACTORS]
+    if site.made:
+        stored = [site.made.dtype] * 2
     roundoff, step = max(map(_grid, stored))
     b, a = np.sum(factors.B**2, axis=0), np.sum(factors.A**2, axis=1)
     below = step**2 / 12 * (a * site.shape[0] * (b > 0) + b * site.shape[1] * (a > 0))
