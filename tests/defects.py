@@ -422,6 +422,13 @@ def PiSSA(folder: Path) -> Path:
     return llama(init_lora_weights="pissa").write(folder / "a")
 
 
+@plants("factor-type")
+def factors_in_integers(folder: Path) -> Path:
+    draft = llama()
+    draft.map(lambda x: (100 * x).astype(np.int64))
+    return draft.write(folder / "a")
+
+
 @plants("mixed-dialects")
 def PEFT_and_kohya_names(folder: Path) -> Path:
     draft = llama()

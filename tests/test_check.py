@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import adapterops as ao
 from adapterops.checking.findings import RULES
+from adapterops.formats import grammar
 from tests import defects, defects_config, kinds
 
 
@@ -82,3 +84,25 @@ def test_what_we_write_is_clean_for_all_engines(options: Any, tmp_path: Path) ->
     ao.merge(inputs, [1.0, 0.5, 0.25], out=tmp_path / "out", **options)
     report = ao.check(tmp_path / "out", engine="portable", jobs=1)
     assert report.findings == ()
+
+
+def test_factors_of_which_none_can_be_read(tmp_path: Path) -> None:
+    """Such an adapter is not clean, and its dialect is told by its names all the same."""
+    path = defects.factors_in_integers(tmp_path)
+    report = ao.check(path, jobs=1)
+    assert report.exit_code == 3 and report.clean == 0
+    [adapter] = report.adapters
+    assert (adapter.dialect, adapter.modules) == ("peft", 0)
+    assert ao.inspect(path).dialect == "peft"
+    assert "lora_A.weight' is of type I64" in report.findings[0].message
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS, ids=lambda kind: kind.title)
+def test_the_same_tensor_is_named_every_time(kind: kinds.Kind, tmp_path: Path) -> None:
+    """Of several that cannot be read the first by role, whatever order sets have in this run."""
+    module = {suffix: x.astype(np.int64) for suffix, x in kind.draw(1, 2).items()}
+    path = kinds.write(tmp_path / "x.safetensors", {"lora_unet_a": module})
+    [finding] = [f for f in ao.check(path, jobs=1).findings if f.code == "factor-type"]
+    named = finding.message.split("'")[1]
+    roles = {key.role: key for name in module if (key := grammar.parse(f"lora_unet_a.{name}"))}
+    assert grammar.parse(named) == roles[min(roles)]

@@ -94,6 +94,7 @@ _CODES: tuple[tuple[str, Severity, Scope, str], ...] = (
     ("several-files", "error", "file", "a folder with several adapters and no main one"),
     ("half-pair", "error", "file", "a module has A without B, or B without A"),
     ("factor-shapes", "error", "file", "the factors of a module do not multiply"),
+    ("factor-type", "error", "file", "factors of a type that is none of numbers: integers, codes"),
     ("unknown-tensor", "error", "file", "a tensor of an adapted module is of no known kind"),
     ("several-adapters", "error", "file", "one file holds tensors of several adapters"),
     ("named-twice", "error", "file", "one module is named twice, in two spellings"),

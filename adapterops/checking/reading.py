@@ -40,6 +40,7 @@ _PATTERNS = [
             r"has rank|do not multiply|are no linear, conv|Tucker core|hada_w1 makes",
             "factor-shapes",
         ),
+        (r"which is no number format of factors$", "factor-type"),
         (r"the bias has shape|lora_E has shape|expected a matrix|are no MergedL", "factor-shapes"),
         (r"^no scale", "no-scale"),
         (r"^two scales disagree", "scales-disagree"),

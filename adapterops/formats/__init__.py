@@ -104,7 +104,9 @@ def read_adapter(
     return AdapterFile(
         path=os.fspath(path),
         source=next(iter(refs.values())).source,
-        dialect=_common(site.dialect for site in sites.values()) or "kohya",
+        dialect=_common(site.dialect for site in sites.values())
+        or _common(dialects.values())  # where no module can be read
+        or "kohya",
         sites=sites,
         extras=tensors.rest,
         tensors=refs,

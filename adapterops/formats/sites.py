@@ -97,7 +97,7 @@ def _sites(
     kind = kind_of(roles)
     if kind is None:
         raise _no_kind(roles, module)
-    for role in roles:
+    for role in sorted(roles):  # of several the same is named in every run
         _check_dtype(module.parts[role])
     if dialect == "mlx":
         return _mlx(name, module)
