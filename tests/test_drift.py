@@ -735,6 +735,17 @@ class TestCommand:
         document = json.loads(call("drift", "m", "a", "wrong", "--json", cwd=here, code=5).stdout)
         assert document["implementation"] == "failed" and document["exit_code"] == 5
 
+    def test_what_is_wrong_beside_the_targets_is_said_once(self, here: Path) -> None:
+        """A summary names three, the rest follows."""
+        tensors = load_file(here / "o" / "model.safetensors")
+        lost = sorted(name for name in tensors if ".layers." in name)[:5]
+        for name in lost:
+            del tensors[name]
+        save_file(tensors, here / "o" / "model.safetensors")
+        out = call("drift", "m", "a", "o", cwd=here, code=5).stdout
+        assert [out.count(f"{name} is missing") for name in lost] == [1] * 5
+        assert "and 2 more like these" in out
+
     def test_weights(self, here: Path) -> None:
         call("drift", "m", "a", "b", "both", cwd=here)
         call("drift", "m", "a:1", "b:1.0", "both", cwd=here)

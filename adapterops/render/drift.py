@@ -56,8 +56,9 @@ def _print_verdicts(console: Any, report: DriftReport, verbose: bool) -> None:
     for sentence in report.summary:
         console.print(safe(sentence))
     for finding in report.findings:
-        if finding.fails or verbose:
-            console.print(f"{safe(finding.name)} {safe(finding.text)}")
+        sentence = f"{finding.name} {finding.text}"
+        if (finding.fails or verbose) and sentence not in report.summary:
+            console.print(safe(sentence))
     shown = list(report.tensors.items())
     if not verbose:
         failed = [item for item in shown if item[1].implementation == "failed"]
