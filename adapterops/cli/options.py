@@ -160,7 +160,7 @@ def scaling_option(default: str) -> Command:
 _PICKLE = click.option(
     "--allow-pickle",
     is_flag=True,
-    help="Dangerous: read .bin/.pt files (weights_only, never code).",
+    help="Dangerous: read adapters in .bin/.pt files (weights_only, never code).",
 )
 _EXTRAS = click.option(
     "--extras",

@@ -49,7 +49,7 @@ _WITH_RANKS = ("merge", "calc", "compress", "extract", "convert")  # whose pages
 @click.option(
     "--allow-pickle",
     is_flag=True,
-    help="Dangerous: read .bin/.pt files (weights_only, never code).",
+    help="Dangerous: read adapters in .bin/.pt files (weights_only, never code).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but warnings and errors.")
