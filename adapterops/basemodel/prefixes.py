@@ -23,7 +23,8 @@ from adapterops.formats import diffusers
 class Renaming:
     """What the heads of an adapter's modules are called in the checkpoint.
 
-    `lacking` are the modules, by stem, that are in no head of it.
+    `lacking` are the modules, by stem, that are in no head of it. Where some are, the head that has
+    the most of what is below theirs is listed all the same.
     """
 
     heads: Mapping[Head, Head]
@@ -73,6 +74,7 @@ def renaming(
     for stem, path in paths.items():
         below[split(path)[0]].append(stem)
     found: dict[Head, Head] = {}
+    partly: dict[Head, Head] = {}
     lacking: list[str] = []
     for head, stems in below.items():
 
@@ -93,11 +95,16 @@ def renaming(
             continue
         alike = [head] if any(held(head, False)) else [head, *others]
         best = max(alike, key=lambda other: sum(held(other, False)))
-        lacking += [stem for stem, there in zip(stems, held(best, False), strict=True) if not there]
+        absent = [stem for stem, there in zip(stems, held(best, False), strict=True) if not there]
+        lacking += absent
+        if len(absent) < len(stems):
+            partly[head] = best
     tails = {head: [split(paths[stem])[1] for stem in stems] for head, stems in below.items()}
     for head in clashing(found, tails):
         del found[head]
         lacking += below[head]
+    taken = set(found.values())
+    found |= {head: best for head, best in partly.items() if best not in taken}
     return Renaming(found, tuple(lacking))
 
 

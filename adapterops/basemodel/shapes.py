@@ -22,7 +22,8 @@ from adapterops.provenance import base_name
 # Types whose header shape is that of the weight; 4-bit and packed integers hide it.
 _PLAIN = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
 _INTEGERS = {"U8", "I8", "I32", "U32", "F4"}
-_PACKED = re.compile(r"\.(qweight|weight_packed|weight\.absmax)$")
+# GPTQ's, compressed-tensors', bitsandbytes', and gpt-oss' stacks of experts in MXFP4.
+_PACKED = re.compile(r"\.(qweight|weight_packed|weight\.absmax)$|(?<=_proj)_blocks$")
 _SCALES = ("_scale", "_scale_inv", ".scales", ".qzeros")
 HEADS = ("lm_head", "embed_out")
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")

@@ -43,21 +43,9 @@ def inside(path: str, shapes: Shapes, config: Config, turned: Callable[[str], bo
     IncompatibleError where the config does not say how many heads there are, or says otherwise
     than the weight; UnsupportedError for an order that is not known.
     """
-    owner, dot, leaf = path.rpartition(".")
-    role, fused = next(
-        (
-            (names.index(leaf), into)
-            for groups, into in (
-                (_QKV, (*_FUSED_QKV, "in_proj_weight")),
-                (_GATE_UP, _FUSED_GATE_UP),
-            )
-            for names in groups
-            if leaf in names
-        ),
-        (0, ()),
-    )
-    there = ((name, f"{owner}{dot}{name}") for name in fused)
-    for name, module in there:
+    role, modules = wholes(path)
+    for module in modules:
+        name = module.rpartition(".")[2]
         tensor = module if module.endswith("_weight") else f"{module}.weight"
         if tensor not in shapes or len(shapes[tensor]) != 2:
             continue
@@ -69,6 +57,16 @@ def inside(path: str, shapes: Shapes, config: Config, turned: Callable[[str], bo
             ranges = _attention(name, tensor, height, config)[role]
         return tuple(Part(tensor, rows, is_turned, of) for rows, of in ranges)
     return ()
+
+
+def wholes(path: str) -> tuple[int, list[str]]:
+    """Which part of a fused projection a split module is, and what that may be called."""
+    owner, dot, leaf = path.rpartition(".")
+    for groups, into in ((_QKV, (*_FUSED_QKV, "in_proj_weight")), (_GATE_UP, _FUSED_GATE_UP)):
+        for names in groups:
+            if leaf in names:
+                return names.index(leaf), [f"{owner}{dot}{name}" for name in into]
+    return 0, []
 
 
 def across(path: str, shapes: Shapes, turned: Callable[[str], bool]) -> Parts:

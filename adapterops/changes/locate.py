@@ -39,15 +39,15 @@ def locate(
     Raises IncompatibleError, with both shapes, for weights of another shape, and where the order of
     a square one cannot be told; UnsupportedError for full deltas of what the base keeps in pieces.
     """
-    ways = {stem: _ways(site, stem, base, found) for stem, site in sites.items()}
+    known = {stem: ways(site, stem, base, found) for stem, site in sites.items()}
     fitting = {
-        stem: [way for way in every if fit(way, sites[stem])] for stem, every in ways.items()
+        stem: [way for way in every if fit(way, sites[stem])] for stem, every in known.items()
     }
     for stem, every in fitting.items():
         if not every:
-            raise _another_shape(file, base, stem, sites[stem].shape, ways[stem][0][0])
+            raise _another_shape(file, base, stem, sites[stem].shape, known[stem][0][0])
     chosen, notes = _oriented(file, base, sites, fitting)
-    changed = {name: _delta(file, base, name, found) for name in deltas}
+    changed = {name: delta(file, base, name, found) for name in deltas}
     return Located(chosen, changed, (*_renamed(file, base, found), *notes))
 
 
@@ -60,7 +60,8 @@ def _renamed(file: AdapterFile, base: Base, found: Addresses) -> list[str]:
     return [f"{file.path}: modules below {', '.join(pairs)}, {where}"]
 
 
-def _ways(site: Site, stem: str, base: Base, found: Addresses) -> list[Reading]:
+def ways(site: Site, stem: str, base: Base, found: Addresses) -> list[Reading]:
+    """What of the base a module may be, by its address alone: of these shapes choose."""
     if stem in found.parts:
         parts = found.parts[stem]
         return [tuple(piece(part, base.tensors[part.tensor]) for part in parts)]
@@ -109,8 +110,11 @@ def _oriented(
     return chosen, notes
 
 
-def _delta(file: AdapterFile, base: Base, name: str, found: Addresses) -> Piece:
-    """What a full delta changes: a whole tensor, or rows of a fused one."""
+def delta(file: AdapterFile, base: Base, name: str, found: Addresses) -> Piece:
+    """What a full delta changes: a whole tensor, or rows of a fused one.
+
+    Raises as `locate` does.
+    """
     parameter = PARAMETERS[name.rpartition(".")[2]]
     parts: Parts = found.parts.get(name) or (Part(f"{found.paths[name]}.weight"),)
     part = parts[0]

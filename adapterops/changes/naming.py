@@ -6,13 +6,13 @@ looked up among the base's paths, flattened.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from adapterops.basemodel import ldm, names
 from adapterops.basemodel.parts import Parts
 from adapterops.basemodel.prefixes import Renaming, renaming
-from adapterops.changes.pieces import fit
+from adapterops.changes.pieces import Reading, fit
 from adapterops.changes.places import PARAMETERS, Base, head_of, readings
 from adapterops.errors import IncompatibleError
 from adapterops.formats import diffusers
@@ -27,12 +27,13 @@ class Addresses:
     """Where the base has each module (by stem) and full delta (by name) of an adapter.
 
     Those of a table have `parts` of tensors, others the `paths` of their module; `renaming` is that
-    of all other names.
+    of all other names. `lacking` are those that the base has not.
     """
 
     paths: Mapping[str, str]
     parts: Mapping[str, Parts]
     renaming: Renaming
+    lacking: tuple[str, ...] = ()
 
 
 def addresses(
@@ -42,6 +43,22 @@ def addresses(
 
     Raises IncompatibleError, naming the first few and how many, for what the base lacks or may have
     under two names.
+    """
+    found = search(base, sites, deltas)
+    _check_there(found.lacking, len(sites) + len(deltas), file, base)
+    return found
+
+
+def search(
+    base: Base,
+    sites: Mapping[str, Site],
+    deltas: Sequence[str],
+    fits: Callable[[Reading, Site], bool] = fit,
+) -> Addresses:
+    """`addresses` of whatever the base has; what it lacks is listed.
+
+    `fits` says whether a weight may be what a module changes, where names leave a choice. Raises
+    IncompatibleError for what the base may have under two names.
     """
     parts: dict[str, Parts] = {}
     flat: dict[str, str] = {}
@@ -64,7 +81,7 @@ def addresses(
         if key not in sites:
             return f"{path}.{PARAMETERS[key.rpartition('.')[2]]}" in base.tensors
         ways = readings(sites[key], path, base)
-        return any(fit(way, sites[key]) for way in ways) if by_shape else bool(ways)
+        return any(fits(way, sites[key]) for way in ways) if by_shape else bool(ways)
 
     found = renaming(
         dotted,
@@ -73,9 +90,8 @@ def addresses(
         pipeline=base.model.is_pipeline,
         where=base.model.path,
     )
-    _check_there([*lacking, *found.lacking], len(sites) + len(deltas), file, base)
     moved = {key: found(path) for key, path in dotted.items()}
-    return Addresses({**flat, **moved}, parts, found)
+    return Addresses({**flat, **moved}, parts, found, (*lacking, *found.lacking))
 
 
 def tensor_of(found: Addresses, base: Base, path: str) -> str | None:

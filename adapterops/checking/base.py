@@ -5,98 +5,80 @@ Only headers of the base are read, or its config.json where there is no more.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from functools import lru_cache
 
-from adapterops.basemodel import names as basenames
-from adapterops.basemodel import shapes
-from adapterops.basemodel.config import is_conv1d_name
-from adapterops.basemodel.shapes import EMBEDDINGS, HEADS, Base, leaf, owner_of
+from adapterops.basemodel.shapes import EMBEDDINGS, HEADS, leaf
 from adapterops.checking import orientation
 from adapterops.checking.config import is_peft
 from adapterops.checking.findings import Findings, few, finding, plural
+from adapterops.checking.located import Base, Found, locate
+from adapterops.errors import IncompatibleError, UnsupportedError
 from adapterops.formats import AdapterFile, Site
 from adapterops.inspection.stems import families, ranges
 
+_UNCOUNTED = -1  # experts by number, of which there are not as many as the adapter has
+_ANOTHER = "is it an adapter of this model, and is the model stored as it was trained?"
 _NOT_COVERED = re.compile(r".*(norm|ln_\w+|embed|wpe|wte|rotary|lm_head|position)[^.]*$", re.I)
-
-
-load = lru_cache(maxsize=1)(shapes.load)  # one base, many adapters
 
 
 def against(file: AdapterFile, base: Base) -> Findings:
     """Everything that is found in an adapter beside its base."""
-    found = basenames.find(file.sites, base.names, lambda site, path: _may_be(site, path, base))
-    for stem in file.sites:  # one head, whatever it is called; perhaps it is the embedding
-        others = HEADS + EMBEDDINGS if base.tied else HEADS
-        if stem not in found and leaf(stem) in HEADS:
-            path = next((p for name in others for p in base.shapes if leaf(p) == name), None)
-            if path:
-                found[stem] = path
+    try:
+        found = locate(file, base)
+    except (IncompatibleError, UnsupportedError) as error:
+        yield finding("base-place", error.message, module=error.module, hint=error.hint)
+        return
     yield from _names(file, base, found)
-    if not found:
+    if not found.tensors:
         return
     yield from _shapes(file, base, found)
     yield from _kernels(file, base, found)
+    yield from _deltas(found)
+    yield from _fused(base, found)
     yield from _orientation(file, base, found)
     yield from _tied(file, base)
-    yield from _coverage(file, base, set(found.values()))
+    yield from _coverage(base, found.changed)
 
 
-def _may_be(site: Site, path: str, base: Base) -> bool:
-    """Whether a site may change this weight, of those that its names allow."""
-    shape = base.shapes[path]
-    return shape is None or _fit(site, shape, lambda _: True) is not None
-
-
-def _names(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Findings:
-    absent = [stem for stem in file.sites if stem not in found]
+def _names(file: AdapterFile, base: Base, found: Found) -> Findings:
+    absent = found.absent
     if not absent:
         return
-    if not found:
-        first = next(iter(base.shapes), "none")
+    if not found.tensors:
+        first = next(iter(base.shapes.shapes), "none")
         yield finding(
             "base-names",
             f"none of its {len(absent)} modules has a name in {base.name}, such as {absent[0]} "
             f"here and {first} there",
+            module=absent[0],
             hint="another model, or one that names its blocks otherwise; give the checkpoint that "
             "the adapter was trained on",
         )
         return
-    near = {_fused(stem, base) for stem in absent} - {None}
-    extra = f"; {base.name} has them fused, as {sorted(map(str, near))[0]}" if near else ""
     yield finding(
         "base-module",
-        f"{len(absent)} of {len(file.sites)} modules are not in {base.name}: {few(absent)}{extra}",
+        f"{len(absent)} of {len(file.sites) + len(file.deltas)} modules are not in {base.name}: "
+        f"{few(absent)}",
         module=absent[0],
         hint="is it an adapter of this model?",
     )
 
 
-def _fused(stem: str, base: Base) -> str | None:
-    """The fused weight that a base has in place of a split one."""
-    block = owner_of(stem)
-    fused = ("qkv_proj", "query_key_value", "c_attn", "gate_up_proj", "qkv", "to_qkv")
-    return next((f"{block}.{name}" for name in fused if f"{block}.{name}" in base.shapes), None)
-
-
-def _shapes(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Findings:
-    packed = [stem for stem, path in found.items() if base.shapes[path] is None]
-    if packed:
+def _shapes(file: AdapterFile, base: Base, found: Found) -> Findings:
+    if found.packed:
         yield finding(
             "base-packed",
-            f"{plural(len(packed), 'weight')} of {base.name} are packed or quantised, and their "
-            f"shapes were not compared: {few(packed)}",
+            f"{plural(len(found.packed), 'weight')} of {base.name} are packed or quantised, and "
+            f"their shapes were not compared: {few(found.packed)}",
         )
-    turned = _may_be_turned(file, base)
-    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for stem, path in found.items():
-        site, shape = file.sites[stem], base.shapes[path]
-        if shape is not None and _fit(site, shape, turned) is None:
-            groups[_size(site.shape), _size(shape)].append(stem)
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    lost = {stem.rpartition("[")[0] for stem in found.absent}
+    for stem, way in found.misfits.items():
+        counted = way[0].experts == _UNCOUNTED
+        if not counted or stem.rpartition("[")[0] not in lost:  # of which too few are there
+            other = f"{'more experts, of ' if counted else ''}{_size(way[0].ref.shape)}"
+            groups[_size(file.sites[stem].shape), other].append(stem)
     for (own, other), stems in groups.items():
         yield finding(
             "base-shape",
@@ -106,24 +88,22 @@ def _shapes(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Findings
         )
 
 
-def _kernels(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Findings:
+def _kernels(file: AdapterFile, base: Base, found: Found) -> Findings:
     """LoRA whose factors are matrices although the weight has a kernel, of PEFT's loaders."""
-    flat = [
-        stem
-        for stem, path in found.items()
-        if file.sites[stem].kind == "lora"
-        and file.sites[stem].dialect in ("peft", "diffusers")
-        and file.sites[stem].layer == "linear"
-        and not file.sites[stem].owned
-        and len(base.shapes[path] or ()) > 2
-    ]
+    flat = {}
+    for stem, every in found.fitting.items():
+        site, piece = file.sites[stem], every[0][0]
+        plain = site.kind == "lora" and site.layer == "linear" and not site.owned
+        loads_strictly = site.dialect in ("peft", "diffusers")
+        if plain and loads_strictly and piece.experts is None and len(piece.ref.shape) > 2:
+            flat[stem] = piece.ref.shape
     if flat:
-        shape = _size(base.shapes[found[flat[0]]] or ())
+        first, shape = next(iter(flat.items()))
         yield finding(
             "base-kernel",
             f"{plural(len(flat), 'module')} with matrices as factors change a convolution of "
-            f"{base.name}, such as one of {shape}: PEFT and diffusers do not load them",
-            module=flat[0],
+            f"{base.name}, such as one of {_size(shape)}: PEFT and diffusers do not load them",
+            module=first,
             hint="convert --base MODEL writes a LoHa, LoKr or AdaLoRA with the kernels",
         )
 
@@ -132,50 +112,45 @@ def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _may_be_turned(file: AdapterFile, base: Base) -> Callable[[Site], bool]:
-    """Whether the base may keep a site's weight as (in, out): its kind, the flag or a name says."""
-    if base.conv1d is not None:
-        return lambda site: bool(base.conv1d)
-    flag = is_peft(file) and bool(file.config.get("fan_in_fan_out"))
-    return lambda site: flag or is_conv1d_name(site.stem)
+def _deltas(found: Found) -> Findings:
+    """Full deltas that have no weight of their shape; one finding for those refused alike."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, error in found.refused.items():
+        same = isinstance(error, IncompatibleError)
+        groups["base-shape" if same else "base-place"].append(name)
+    for code, names in groups.items():
+        error = found.refused[names[0]]
+        more = f" (and {len(names) - 1} more full deltas)" if len(names) > 1 else ""
+        yield finding(code, error.message + more, module=names[0], hint=_ANOTHER)
 
 
-def _fit(site: Site, shape: tuple[int, ...], turned: Callable[[Site], bool]) -> str | None:
-    """How a site's ΔW lies on a weight: "as is", "transposed", or "square"; None if it does not."""
-    out, columns = site.shape
-    if site.expert is not None and len(shape) == 3:
-        return "as is" if shape[0] == site.expert[1] and _turned(site, shape[1:]) else None
-    if site.owned:
-        return "as is" if len(shape) > 1 and _turned(site, shape[-2:]) else None
-    if site.layer == "embedding":
-        return "as is" if shape == (columns, out) else None
-    if not shape or shape[0] * math.prod(shape[1:]) != out * columns:
-        return None
-    kernel = shape[2:]
-    if len(shape) > 2 or site.kernel:
-        fits = shape[0] == out and (not site.kernel or site.kernel == kernel or not kernel)
-        return "as is" if fits else None
-    if shape == (out, columns):
-        return "square" if out == columns else "as is"
-    return "transposed" if shape == (columns, out) and turned(site) else None
+def _fused(base: Base, found: Found) -> Findings:
+    """Modules that other software does not find by their names."""
+    if found.fused:
+        first = found.fused[0]
+        where = " and ".join(found.tensors[first])
+        yield finding(
+            "base-fused",
+            f"{plural(len(found.fused), 'module')} of {base.name} are fused with others, or in "
+            f"pieces: {first} is in {where}",
+            module=first,
+            hint="bake finds them; loaders that go by the names of modules, as PEFT does, may not",
+        )
 
 
-def _turned(site: Site, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter has a site's shape, or its transpose: experts are kept either way."""
-    return shape in (site.shape, site.shape[::-1])
-
-
-def _orientation(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Findings:
+def _orientation(file: AdapterFile, base: Base, found: Found) -> Findings:
     if not is_peft(file):
         return
-    can_turn = _may_be_turned(file, base)
-    ways: dict[str, list[Site]] = defaultdict(list)
-    for stem, path in found.items():
-        site, shape = file.sites[stem], base.shapes[path]
-        if site.dialect == "peft" and site.layer == "linear" and shape and not site.owned:
-            ways[_fit(site, shape, can_turn) or ""].append(site)
+    straight: list[Site] = []
+    turned: list[Site] = []
+    square: list[Site] = []
+    for stem, every in found.fitting.items():
+        site, piece = file.sites[stem], every[0][0]
+        plain = site.dialect == "peft" and site.layer == "linear" and piece.experts is None
+        if plain and len(piece.ref.shape) == 2 and stem not in found.fused:
+            even = site.shape[0] == site.shape[1]
+            (square if even else turned if piece.turned else straight).append(site)
     flag = bool(file.config.get("fan_in_fan_out"))
-    straight, turned, square = ways["as is"], ways["transposed"], ways["square"]
     if flag and straight and not turned:
         what = f"(out, in) in {base.name}"
         yield orientation.contradiction("base-orientation", flag, straight + square, what)
@@ -194,7 +169,7 @@ def _orientation(file: AdapterFile, base: Base, found: Mapping[str, str]) -> Fin
 
 def _tied(file: AdapterFile, base: Base) -> Findings:
     touched = [s for s in file.sites if leaf(s) in (*HEADS, *EMBEDDINGS)]
-    if base.tied and touched:
+    if base.shapes.tied and touched:
         yield finding(
             "base-tied",
             f"{few(touched)}: embedding and head are one weight in {base.name}",
@@ -203,12 +178,12 @@ def _tied(file: AdapterFile, base: Base) -> Findings:
         )
 
 
-def _coverage(file: AdapterFile, base: Base, changed: set[str]) -> Findings:
+def _coverage(base: Base, changed: set[str]) -> Findings:
     """Which kinds of weight matrices of the base the adapter changes, wholly or in part."""
     matrices = tuple(
         sorted(
             path
-            for path, shape in base.shapes.items()
+            for path, shape in base.shapes.shapes.items()
             if (path in changed or not _NOT_COVERED.match(leaf(path)))
             and (shape is None or len(shape) > 1)
             and not path.endswith((".bias", "_bias"))

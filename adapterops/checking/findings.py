@@ -167,7 +167,9 @@ _CODES: tuple[tuple[str, Severity, Scope, str], ...] = (
     # the base model (--base)
     ("base-module", "error", "set", "a module that the base has not"),
     ("base-shape", "error", "set", "a module whose shape is not that of the base's weight"),
-    ("base-names", "warning", "set", "no module's name occurs in the base"),
+    ("base-names", "error", "set", "no module's name occurs in the base"),
+    ("base-place", "error", "set", "nothing says which weights of the base modules are"),
+    ("base-fused", "warning", "set", "modules that the base has fused with others, or in pieces"),
     ("base-kernel", "warning", "set", "matrices as factors where the base has a convolution"),
     ("base-orientation", "warning", "set", "fan_in_fan_out contradicts the base's shapes"),
     ("base-square", "note", "set", "square weights whose orientation only the flag says"),

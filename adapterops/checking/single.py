@@ -93,7 +93,8 @@ def _check(file: AdapterFile, options: Options) -> tuple[Checked, sets.Facts]:
 
         findings += served(file, options.engines)
     if options.base is not None:
-        from adapterops.checking.base import against, load
+        from adapterops.checking.base import against
+        from adapterops.checking.located import load
 
         findings += against(file, load(options.base))
     file.source.check_unchanged()

@@ -178,7 +178,7 @@ def _options(
 
         engines = known(engines)
     if base is not None:
-        from adapterops.checking.base import load
+        from adapterops.checking.located import load
 
         load.cache_clear()
         load(os.fspath(base))
