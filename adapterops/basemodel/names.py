@@ -3,7 +3,7 @@
 Adapters and checkpoints agree on a path from its first number on (`0.self_attn.q_proj`); what comes
 before may differ (`transformer.h` and `h`, `model.language_model.layers` and
 `language_model.model.layers`). Flat stems of kohya lost their dots, so the checkpoint's names are
-flattened instead and looked up.
+flattened instead and looked up. Where loaders have other names for modules than files, both count.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from adapterops.basemodel.heads import Head, clashing, likeness, related
+from adapterops.basemodel.loaded import loaded
 from adapterops.formats import Site
 
 _NUMBERED_EXPERT = re.compile(r"(?P<block>.*)\.switch_mlp\.(?P<leaf>\w+)\[(?P<index>\d+)\]$")
@@ -37,20 +39,30 @@ class Names:
     """A checkpoint's module paths, ready to be looked up.
 
     `heads` are what comes before the first number of a path, with what follows it; `flat` are paths
-    with underscores for dots, with and without leading words.
+    with underscores for dots, with and without leading words; `loaded` are names that loaders have
+    for modules which the file calls otherwise, and the file's. All three know both.
     """
 
     paths: frozenset[str]
     heads: Mapping[Head, frozenset[str]]
     flat: Mapping[str, tuple[str, ...]]
+    loaded: Mapping[str, str] = field(default_factory=dict)
+
+    def stored(self, path: str) -> str:
+        """What the file calls a module that a loader calls `path`."""
+        return self.loaded.get(path, path)
 
 
-def index(paths: Iterable[str]) -> Names:
-    """The lookup tables of a checkpoint's module paths."""
+def index(paths: Iterable[str], configs: Mapping[str, Mapping[str, Any]] | None = None) -> Names:
+    """The lookup tables of a checkpoint's module paths.
+
+    `configs` of its models, by part of a pipeline, say what loaders call modules.
+    """
     heads: dict[Head, set[str]] = defaultdict(set)
     flat: dict[str, list[str]] = defaultdict(list)
     known = frozenset(paths)
-    for path in known:
+    others = loaded(known, configs or {})
+    for path in (*known, *others):
         head, tail = split(path)
         heads[head].add(tail)
         for start in range(len(head) + 1 if tail else len(head)):
@@ -59,13 +71,14 @@ def index(paths: Iterable[str]) -> Names:
         known,
         {head: frozenset(tails) for head, tails in heads.items()},
         {name: tuple(sorted(found)) for name, found in flat.items()},
+        others,
     )
 
 
 def find(
     sites: Mapping[str, Site], names: Names, fits: Callable[[Site, str], bool]
 ) -> dict[str, str]:
-    """stem -> module path in the checkpoint, for the sites that have one.
+    """stem -> module path in the checkpoint, as the file has it, for the sites that have one.
 
     `fits` says whether a site's ΔW has the shape of the weight at a path; it decides where several
     names are there (experts adapted by two parameters).
@@ -78,11 +91,12 @@ def find(
             if path:
                 found[stem] = path
             continue
-        there = [path for path in _spellings(site) if path in names.paths]
+        spelt = _spellings(site)
+        there = [path for path in map(names.stored, spelt) if path in names.paths]
         if there:
             found[stem] = next((path for path in there if fits(site, path)), there[0])
             continue
-        for path in _spellings(site):
+        for path in spelt:
             head, tail = split(path)
             waiting[head][tail].append(stem)  # experts share a tensor
     below: dict[Head, set[str]] = defaultdict(set)
@@ -100,7 +114,7 @@ def find(
             continue
         for tail, stems in waiting[head].items():
             if tail in names.heads[other]:
-                path = ".".join((*other, tail))
+                path = names.stored(".".join((*other, tail)))
                 for stem in stems:
                     found.setdefault(stem, path)
     return found
@@ -156,7 +170,7 @@ def unflattened(stem: str, names: Names) -> str | None:
         number = found.groupdict().get("number")
         if number:
             mine = [path for path in mine if _number(path) == number]
-        return mine[0] if len(mine) == 1 else None
+        return names.stored(mine[0]) if len(mine) == 1 else None
     return None
 
 

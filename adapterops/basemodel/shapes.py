@@ -73,7 +73,7 @@ def load(path: str) -> Base:
         shapes=shapes,
         conv1d=None if kind is None else kind in baseconfig.CONV1D,
         tied=tied,
-        names=names.index(shapes),
+        names=names.index(shapes, {"": config}),
     )
 
 

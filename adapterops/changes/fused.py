@@ -27,7 +27,8 @@ _QKV = (
 _FUSED_QKV = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "W_pack", "qkv", "to_qkv")
 _THIRDS = ("qkv", "to_qkv", "in_proj_weight")  # of image models and MultiheadAttention: no config
 _GATE_UP = (("gate_proj", "up_proj"), ("w1", "w3"))
-_FUSED_GATE_UP = ("gate_up_proj",)
+_FUSED_GATE_UP = ("gate_up_proj", "weights_in")  # the latter is DINOv2's
+_UP_GATE = ("up_gate_proj",)  # GTE's, the other way round
 _BY_HEAD = ("bloom", "gpt_neox", "gpt_neox_japanese", "persimmon")
 _FALCON = ("falcon", "RefinedWeb", "RefinedWebModel")
 _BY_GROUP = ("internlm2",)
@@ -51,8 +52,9 @@ def inside(path: str, shapes: Shapes, config: Config, turned: Callable[[str], bo
             continue
         is_turned = turned(tensor)
         height = shapes[tensor][1 if is_turned else 0]
-        if name in _FUSED_GATE_UP:
-            ranges = [(stacked(height, 2)[role], slice(0, height // 2))]
+        if name in (*_FUSED_GATE_UP, *_UP_GATE):
+            place = 1 - role if name in _UP_GATE else role
+            ranges = [(stacked(height, 2)[place], slice(0, height // 2))]
         else:
             ranges = _attention(name, tensor, height, config)[role]
         return tuple(Part(tensor, rows, is_turned, of) for rows, of in ranges)
@@ -62,7 +64,8 @@ def inside(path: str, shapes: Shapes, config: Config, turned: Callable[[str], bo
 def wholes(path: str) -> tuple[int, list[str]]:
     """Which part of a fused projection a split module is, and what that may be called."""
     owner, dot, leaf = path.rpartition(".")
-    for groups, into in ((_QKV, (*_FUSED_QKV, "in_proj_weight")), (_GATE_UP, _FUSED_GATE_UP)):
+    gate_up = (*_FUSED_GATE_UP, *_UP_GATE)
+    for groups, into in ((_QKV, (*_FUSED_QKV, "in_proj_weight")), (_GATE_UP, gate_up)):
         for names in groups:
             if leaf in names:
                 return names.index(leaf), [f"{owner}{dot}{name}" for name in into]

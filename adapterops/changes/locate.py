@@ -54,10 +54,14 @@ def locate(
 def _renamed(file: AdapterFile, base: Base, found: Addresses) -> list[str]:
     """A note of the names that are not the checkpoint's own."""
     pairs = [f"{own!r} as {other!r}" for own, other in found.renaming.telling.items()]
-    if not pairs:
-        return []
     where = f"found under other names in {base.model.path}"
-    return [f"{file.path}: modules below {', '.join(pairs)}, {where}"]
+    notes = [f"{file.path}: modules below {', '.join(pairs)}, {where}"] if pairs else []
+    if found.loaded:
+        own, other = next(iter(found.loaded.items()))
+        count = len(found.loaded)
+        what = f"{count} modules, {own!r} as {other!r}" if count > 1 else f"{own!r} as {other!r}"
+        notes.append(f"{file.path}: {what}, {where}: transformers 5 renames them as it loads it")
+    return notes
 
 
 def ways(site: Site, stem: str, base: Base, found: Addresses) -> list[Reading]:

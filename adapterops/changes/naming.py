@@ -27,12 +27,14 @@ class Addresses:
     """Where the base has each module (by stem) and full delta (by name) of an adapter.
 
     Those of a table have `parts` of tensors, others the `paths` of their module; `renaming` is that
-    of all other names. `lacking` are those that the base has not.
+    of all other names. `loaded` are modules by the name that loaders have, with the base's, and
+    `lacking` those that the base has not.
     """
 
     paths: Mapping[str, str]
     parts: Mapping[str, Parts]
     renaming: Renaming
+    loaded: Mapping[str, str]
     lacking: tuple[str, ...] = ()
 
 
@@ -78,6 +80,7 @@ def search(
             dotted[key] = _path(stem, site)
 
     def holds(key: str, path: str, by_shape: bool) -> bool:
+        path = base.names.stored(path)
         if key not in sites:
             return f"{path}.{PARAMETERS[key.rpartition('.')[2]]}" in base.tensors
         ways = readings(sites[key], path, base)
@@ -91,7 +94,9 @@ def search(
         where=base.model.path,
     )
     moved = {key: found(path) for key, path in dotted.items()}
-    return Addresses({**flat, **moved}, parts, found, (*lacking, *found.lacking))
+    loaded = {path: base.names.loaded[path] for path in moved.values() if path in base.names.loaded}
+    paths = {key: base.names.stored(path) for key, path in moved.items()}
+    return Addresses({**flat, **paths}, parts, found, loaded, (*lacking, *found.lacking))
 
 
 def tensor_of(found: Addresses, base: Base, path: str) -> str | None:
@@ -103,7 +108,7 @@ def tensor_of(found: Addresses, base: Base, path: str) -> str | None:
     parts = ldm.find(owner, base.table) if base.table else None
     if parts and len(parts) == 1 and parts[0].rows is None and not parts[0].turned:
         return parts[0].tensor if last == "weight" else parts[0].bias
-    moved = f"{found.renaming(owner)}.{last}"
+    moved = f"{base.names.stored(found.renaming(owner))}.{last}"
     for name in (moved, path):
         if name in base.tensors:
             return name

@@ -30,7 +30,19 @@ class Base:
     @cached_property
     def names(self) -> names.Names:
         """Module paths, to be looked up by head or flattened."""
-        return names.index({_module(name) for name in self.tensors})
+        return names.index({_module(name) for name in self.tensors}, self.model.configs)
+
+    @cached_property
+    def fusable(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes by full name of a tensor, also by the names that loaders have for its module."""
+        stored = {name: f"{path}.weight" for name, path in self.names.loaded.items()}
+        more = {f"{name}.weight": own for name, own in stored.items() if own in self.shapes}
+        return {**self.shapes, **{name: self.shapes[own] for name, own in more.items()}}
+
+    def stored(self, tensor: str) -> str:
+        """The file's name of a weight of `fusable`."""
+        owner = tensor.removesuffix(".weight")
+        return tensor if tensor in self.tensors else f"{self.names.stored(owner)}.weight"
 
     @cached_property
     def table(self) -> Mapping[str, Parts] | None:
@@ -63,7 +75,8 @@ def readings(site: Site, path: str, base: Base) -> list[Reading]:
     if head:
         return [(head,)]
     is_turned = base.model.is_conv1d
-    parts = fused.inside(path, base.shapes, base.config(path), is_turned)
+    parts = fused.inside(path, base.fusable, base.config(path), is_turned)
+    parts = tuple(replace(part, tensor=base.stored(part.tensor)) for part in parts)
     parts = parts or fused.across(path, base.shapes, is_turned)
     if parts:
         return [tuple(piece(part, tensors[part.tensor]) for part in parts)]

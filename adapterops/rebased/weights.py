@@ -61,7 +61,7 @@ def weights(
     base.check_not_quantised()
     stored = _stored(file, base, chosen)
     others = {stem: site for stem, site in chosen.items() if stem not in stored}
-    table = names.index(tensors)
+    table = names.index(tensors, base.configs)
     found = names.find(others, table, fits)
     if base.embedding and base.is_tied:  # one weight, stored once
         heads = (stem for stem in chosen if stem not in found and base.is_head(f"{stem}.weight"))
