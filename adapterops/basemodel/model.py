@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterops.basemodel import config as configs
+from adapterops.basemodel import outputs
 from adapterops.basemodel.quantised import quantised
 from adapterops.basemodel.shapes import EMBEDDINGS, HEADS
 from adapterops.errors import FormatError, UnsupportedError
@@ -139,9 +140,10 @@ class BaseModel:
         shape = self.tensors[name].shape if name in self.tensors else ()
         if leaf != "weight" or len(shape) != 2:
             return False
-        tokens = self.configs.get(self.part(name), {}).get("vocab_size")
-        by_size = shape[0] == tokens and ("emb" in last or last == "w")
-        return last in (*_TOKENS, *_CALLED) or by_size or self.is_indirect(name)
+        config = self.configs.get(self.part(name), {})
+        by_size = shape[0] == config.get("vocab_size") and ("emb" in last or last == "w")
+        named = last in (*_TOKENS, *_CALLED, outputs.embedding(config))
+        return named or by_size or self.is_indirect(name)
 
     def is_indirect(self, name: str) -> bool:
         """Whether a tensor is that of an Embedding which models read otherwise than by a call."""
@@ -157,7 +159,9 @@ class BaseModel:
     def is_head(self, name: str) -> bool:
         """Whether a tensor is the weight of a language model's head (V, d)."""
         owner, _, leaf = name.rpartition(".")
-        return leaf == "weight" and owner.rpartition(".")[2] in HEADS
+        own = outputs.head(self.config)
+        named = own is not None and f".{owner}".endswith(f".{own}")
+        return leaf == "weight" and (named or owner.rpartition(".")[2] in HEADS)
 
     @cached_property
     def head(self) -> str | None:
@@ -167,7 +171,8 @@ class BaseModel:
     @cached_property
     def embedding(self) -> str | None:
         """The tensor with a row for each token of a single model."""
-        leaves = (f".{leaf}.weight" for leaf in _TOKENS)
+        own = outputs.embedding(self.config)
+        leaves = (f".{leaf}.weight" for leaf in (*_TOKENS, *([own] if own else [])))
         endings = tuple(leaves)
         found = [n for n in self.tensors if f".{n}".endswith(endings) and self.is_embedding(n)]
         return min(found, key=len, default=None)

@@ -8,7 +8,6 @@ from functools import cached_property
 
 from adapterops.basemodel import BaseModel, ldm, names
 from adapterops.basemodel.parts import Part, Parts
-from adapterops.basemodel.shapes import HEADS, leaf
 from adapterops.changes import experts, fused
 from adapterops.changes.pieces import Piece, Reading, piece
 from adapterops.changes.untying import head_name, is_shared
@@ -89,7 +88,7 @@ def head_of(path: str, base: Base) -> Piece | None:
     That of a base which stores it as its embedding is the embedding, under the head's name.
     """
     model = base.model
-    if leaf(path) not in HEADS or model.is_pipeline:
+    if model.is_pipeline or not model.is_head(f"{path}.weight"):
         return None
     if model.head:
         return piece(Part(model.head), base.tensors[model.head])

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adapterops.basemodel import BaseModel
+from adapterops.basemodel import BaseModel, outputs
 from adapterops.basemodel.shapes import EMBEDDINGS
 from adapterops.changes import entries, sameness, vocabulary
 from adapterops.changes.targets import Target, Values
@@ -21,14 +21,12 @@ from adapterops.extras import Extra
 from adapterops.formats.model import AdapterFile, Ref
 
 # Architectures (`model_type`) with a language model's head that is no `lm_head` beside the model:
-# of transformers 5.23's causal and image-text classes, those whose `_tied_weights_keys` say so.
+# of transformers 5.23's causal and image-text classes, those whose `_tied_weights_keys` say so, and
+# of which nobody has tried whether they can be untied (`outputs.APART`).
 _OTHER_HEADS = frozenset(
     [
-        *("bert", "megatron-bert", "bert-generation", "big_bird", "rembert", "roc_bert"),
-        *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "xmod", "roberta-prelayernorm"),
-        *("data2vec-text", "electra", "ernie", "roformer", "modernbert-decoder", "git", "blip"),
-        *("biogpt", "trocr", "whisper", "xlm", "xlnet", "rwkv", "prophetnet", "blt", "udop"),
-        "t5gemma2",
+        *("rembert", "big_bird", "roc_bert", "xlm-roberta-xl", "xmod", "roberta-prelayernorm"),
+        *("git", "blip", "rwkv", "prophetnet", "blt", "udop", "t5gemma2"),
     ]
 )
 _GENERATES = ("ForCausalLM", "LMHeadModel", "WithLMHead", "ForConditionalGeneration")
@@ -103,6 +101,9 @@ def head_name(base: BaseModel) -> str:
     """What the tensor of the head is called, or would be if the base stored it."""
     if base.head is not None:
         return base.head
+    named = outputs.head(base.config)
+    if named:
+        return f"{named}.weight"
     path = (base.embedding or "").split(".")
     above = next((path[:at] for at, part in enumerate(path) if part in _ROOTS), [])
     neox = str(base.config.get("model_type")).startswith("gpt_neox")
@@ -238,6 +239,8 @@ def _ensured(target: Target, inputs: Sequence[AdapterFile]) -> bool:
 def _check_can_be_untied(base: BaseModel, pair: tuple[str, str], changed: Sequence[str]) -> None:
     """Raise UnsupportedError where no config could say that the two are apart."""
     kind = base.config.get("model_type")
+    if kind in outputs.APART and base.architecture.endswith((*_GENERATES, *_MASKED)):
+        return
     what = f"its embedding {pair[0]!r} and its head are one weight, of which an adapter changes "
     what += "both differently" if len(changed) == 2 else f"{changed[0]!r} alone; "
     if not base.config:
@@ -246,15 +249,17 @@ def _check_can_be_untied(base: BaseModel, pair: tuple[str, str], changed: Sequen
             path=base.path,
             hint="name the model's folder",
         )
-    if base.config.get("is_encoder_decoder") or pair[0].split(".")[-2] == "shared":
+    own = outputs.head(base.config) is not None
+    both = base.config.get("is_encoder_decoder") and not own
+    if both or pair[0].split(".")[-2] == "shared":
         raise UnsupportedError(
             f"{what}encoder, decoder and head share it, and {kind} computes otherwise when untied",
             path=base.path,
             hint="serve the adapter unmerged",
         )
-    if kind in _OTHER_HEADS or base.architecture.endswith(_MASKED):
+    if own or kind in _OTHER_HEADS or base.architecture.endswith(_MASKED):
         raise UnsupportedError(
-            f"{what}where {base.architecture or kind} keeps a head of its own is not known here",
+            f"{what}whether {base.architecture or kind} reads a head of its own is not known here",
             path=base.path,
             hint="serve the adapter unmerged",
         )
