@@ -86,7 +86,7 @@ def _backbone(at: str, name: str) -> _Rules:
 
 
 _MASK = _backbone(r"pixel_level_module\.encoder", "swin")
-_GROUNDING = (*_backbone(r"conv_encoder\.model", "swin"), *_RT_DETR[:1])
+_GROUNDING = _backbone(r"conv_encoder\.model", "swin")
 
 RULES: Mapping[str, _Rules] = {  # by `model_type`, of the model or of a model inside it
     **dict.fromkeys(("vit", "deit", "beit", "ijepa", "vit_mae", "vit_msn", "vivit"), _VIT),
