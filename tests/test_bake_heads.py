@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import adapterops as ao
 from adapterops.basemodel import open_model
 from adapterops.changes.mapping import changes
 from adapterops.errors import UnsupportedError
@@ -123,6 +124,8 @@ def test_one_of_the_two(
     untouched = logits(getattr(transformers, cls).from_pretrained(base), kind)
     assert float((wanted - untouched).abs().max()) > 0.01
     assert drift(base, adapter, out).implementation == "ok"
+    [checked] = ao.check(adapter, base=base).adapters
+    assert not {"base-names", "base-module", "base-shape"} & {f.code for f in checked.findings}
     unbake(out, out=tmp_path / "back")
     for path in base.iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
