@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from adapterops.basemodel.shapes import EMBEDDINGS, HEADS, leaf
+from adapterops.basemodel.shapes import EMBEDDINGS, leaf
 from adapterops.checking import orientation
 from adapterops.checking.config import is_peft
 from adapterops.checking.findings import Findings, few, finding, plural
@@ -168,7 +168,8 @@ def _orientation(file: AdapterFile, base: Base, found: Found) -> Findings:
 
 
 def _tied(file: AdapterFile, base: Base) -> Findings:
-    touched = [s for s in file.sites if leaf(s) in (*HEADS, *EMBEDDINGS)]
+    is_head = base.places.model.is_head
+    touched = [s for s in file.sites if leaf(s) in EMBEDDINGS or is_head(f"{s}.weight")]
     if base.shapes.tied and touched:
         yield finding(
             "base-tied",
