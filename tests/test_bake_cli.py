@@ -488,7 +488,7 @@ resumable.completed = completed
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interruption_says_how_to_go_on(sign: int, large: Path, beside: Path) -> None:
-    process = start(beside, program=SLOW)
+    process = start(beside, program=SLOW.replace("0.004", "0.02"))
     _wait_for(_journalled(beside, 2), process)
     process.send_signal(sign)
     said = finish(process, 130)
