@@ -85,7 +85,7 @@ def captured(total: Sum, rank: int, enough: float) -> Captured:
         if basis.shape[1] >= MOST_BLOCKS * width:
             turn = _cast(V[:, : 2 * width], basis)
             basis, images = basis @ turn, images @ turn
-        block = _orthonormal(beyond)[:, :room]
+        block = _orthonormal(_leading(beyond, room))
         block = _orthonormal(block - basis @ (basis.mT @ block))
     return Captured(basis, images, values, V, norm, tail)
 
@@ -94,7 +94,8 @@ def _products(total: Sum, block: Array) -> tuple[Array, Array, Matrix]:
     """M·X of a block X, and Z and a small S with Z·S = Mᵀ·(M·X)."""
     if _is_single(block):
         with np.errstate(over="ignore", invalid="ignore"):  # found, and named, by the norm
-            return *total.both(block), np.eye(block.shape[1])
+            image, back, scale = total.both(block)
+            return image, back, np.eye(block.shape[1]) / scale
     image = total.matmul(block)
     basis, triangle = namespace(image).linalg.qr(image)
     return image, total.rmatmul(basis), host(triangle)
@@ -117,14 +118,15 @@ def _gain(beyond: Array, last: Matrix, values: Matrix) -> float:
     Mᵀuᵢ = σᵢxᵢ + what lies outside P, and only the last block of P is not mapped into it:
     `beyond` (n, w) is what MᵀM makes of that block outside P, `last` (w, r) the share of it in xᵢ.
     """
-    outside = host(beyond @ _cast(last, beyond)).astype(np.float64)
+    size = float(np.abs(last).max(initial=0.0)) or 1.0  # float32 need not hold the product
+    outside = host(beyond @ _cast(last / size, beyond)).astype(np.float64) * size
     squares = np.einsum("nr,nr->r", outside, outside)
     known = values > (_NOISE if _is_single(beyond) else 0.0) * values[:1]
     return float((squares[known] / values[known] ** 2).sum())
 
 
 def _orthonormal(block: Array) -> Array:
-    """An orthonormal basis of the columns of (n, w), the largest first; float32: or zeros.
+    """An orthonormal basis of the columns of (n, w); of float32 ones zeros may be among it.
 
     float32 ones by the eigenvectors of their Gram matrix in float64 (Stathopoulos & Wu 2002, A
     block orthogonalization procedure, SVQB): called again it leaves none but zeros short of 1.
@@ -136,6 +138,15 @@ def _orthonormal(block: Array) -> Array:
     least = max(_TINY * float(squares[-1]), np.finfo(float).tiny)
     turn = V[:, ::-1] / np.sqrt(np.maximum(squares[::-1], least))
     return block @ _cast(turn, block)
+
+
+def _leading(block: Array, most: int) -> Array:
+    """Combinations of the columns of (n, w), no more than `most`, that hold most of them."""
+    if block.shape[1] <= most:
+        return block
+    wide = double(block)
+    V = np.linalg.eigh(host(wide.mT @ wide))[1]
+    return block @ _cast(V[:, ::-1][:, :most], block)
 
 
 def _whole(total: Sum, rank: int) -> Captured:

@@ -24,6 +24,7 @@ BLOCK_NUMBERS = 1 << 20
 DENSE_BLOCK_NUMBERS = 1 << 18  # a few of them fit into a cache
 HELD = 512 << 20
 HELD_SINGLE = 64 << 20
+_FAR = 2.0**40
 
 
 def is_dense(module: Module) -> bool:
@@ -115,23 +116,31 @@ class Sum:
             return sum(A.mT @ (B.mT @ y) for B, A in self.chunks())
         return sum(self._block(y, i, j).mT @ y[i:j] for i, j in self.blocks())
 
-    def both(self, x: Array) -> tuple[Array, Array]:
-        """M·x and Mᵀ·(M·x) for x (n, k) in float32 in one reading of the rows, which gives the norm
-        too. Only of sums with dense parts.
+    def both(self, x: Array) -> tuple[Array, Array, float]:
+        """M·x, s·Mᵀ·(M·x) and s for x (n, k) in float32 in one reading of the rows, which gives the
+        norm too. Only of sums with dense parts.
+
+        s is a power of two with which squares of M fit float32: about 1/‖M‖, or, while that is not
+        known, one over the first of its entries. Where those were no guide it is read again.
         """
         if self._serves(x):
-            y = self._dense @ x
-            return y, self._dense.mT @ y
+            y, scale = self._dense @ x, _inverse(self.norm)
+            return y, self._dense.mT @ (y * scale), scale
+        scale = _inverse(self.norm) if "norm" in self.__dict__ else 0.0
         images, back, squared = [], 0.0, []
         for start, stop in self.blocks():
             block = self._single(start, stop)
+            if not scale and block.any():
+                scale = _inverse(float(abs(block).max()))
             images.append(block @ x)
-            back += block.mT @ images[-1]
+            back += block.mT @ (images[-1] * (scale or 1.0))
             if "norm" not in self.__dict__:
                 squared.append(squares(block))
         if squared:
             self.norm = self._root(squared)
-        return namespace(x).concat(images, 0), back
+            if self.norm * scale > _FAR:
+                return self.both(x)
+        return namespace(x).concat(images, 0), back, scale or 1.0
 
     def _serves(self, x: Array) -> bool:
         """Whether the matrix is held in the precision of `x`."""
@@ -231,6 +240,13 @@ class Sum:
         """(β, norm) of every factor pair, in one reading."""
         stacks = (stack([part], self.device) for _, part in self._factored)
         return [(linalg.cores(B[None], A[None])[0].beta, linalg.norm(B, A)) for B, A in stacks]
+
+
+def _inverse(size: float) -> float:
+    """A power of two near 1/size, which float32 holds; 1 of 0 and of what is not finite."""
+    if not 0 < size < math.inf:
+        return 1.0
+    return 2.0 ** -max(-120, min(120, math.frexp(size)[1]))
 
 
 def squares(block: Array) -> float:

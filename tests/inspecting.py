@@ -33,7 +33,8 @@ class Done:
 def attempt(*arguments: str | Path, cwd: Path) -> tuple[int, Done]:
     """The command line in this process: its exit code and what it prints."""
     out, said = io.StringIO(), io.StringIO()
-    given, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    given = sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = ["adapterops", *map(str, arguments)]
     code = 0
     try:
@@ -47,7 +48,8 @@ def attempt(*arguments: str | Path, cwd: Path) -> tuple[int, Done]:
         code = end.code if isinstance(end.code, int) else 1
     finally:
         sys.argv = given
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return code, Done(out.getvalue(), said.getvalue())
 
 

@@ -259,11 +259,12 @@ def test_a_signal_after_the_commit_says_that_the_output_is_complete(sign, place,
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_when_all_is_printed_there_is_nothing_to_be_interrupted(inputs, tmp_path):
-    ended = "import atexit\natexit.register(os.kill, os.getpid(), signal.SIGINT)"
-    process = merging(inputs, tmp_path, program=LATE.format(sign="SIGINT", place=ended))
+@pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
+def test_when_all_is_printed_there_is_nothing_to_be_interrupted(sign, inputs, tmp_path):
+    ended = f"import atexit\natexit.register(os.kill, os.getpid(), signal.{sign})"
+    process = merging(inputs, tmp_path, program=LATE.format(sign=sign, place=ended))
     shown, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
+    assert (process.returncode, said) == (0, "")
     assert "out  peft" in shown
 
 

@@ -176,3 +176,28 @@ def test_a_change_that_rows_outnumber_is_decomposed_whole():
     best = np.linalg.norm(np.linalg.svd(exact, compute_uv=False)[8:])
     assert np.linalg.norm(exact - found.B @ found.A) == pytest.approx(best, rel=1e-12)
     assert found.tail == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held", "read"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e18, 1e30])
+def test_no_scale_is_too_small_or_too_large_for_float32(scale, held, monkeypatch):
+    change = matrix("polynomial", 260, 210) * scale
+    total = streamed(monkeypatch, change)[0]
+    if held:
+        monkeypatch.undo()
+        total = Sum(module((1.0, site(np.zeros_like(change), change, "F32"))), "cpu")
+    assert (total._dense is not None) == held
+    found = rangefinder.truncate(total, 8)
+    sizes = np.linalg.svd(change / scale, compute_uv=False)
+    assert found.tail / scale == pytest.approx(np.sqrt((sizes[8:] ** 2).sum()), rel=1e-4)
+    assert found.norm / scale == pytest.approx(np.linalg.norm(sizes), rel=1e-5)
+
+
+def test_rows_of_very_different_scales(monkeypatch):
+    """The first rows say nothing of how large the matrix is."""
+    change = matrix("polynomial", 260, 210)
+    change[:20] *= 1e-25
+    change[20:] *= 1e15
+    found = rangefinder.truncate(streamed(monkeypatch, change)[0], 8)
+    sizes = np.linalg.svd(change, compute_uv=False)
+    assert found.tail == pytest.approx(np.sqrt((sizes[8:] ** 2).sum()), rel=1e-4)

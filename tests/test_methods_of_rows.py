@@ -10,6 +10,7 @@ import pytest
 import adapterops as ao
 from adapterops.combining import combine
 from adapterops.derived.grid import OnGrid
+from adapterops.errors import NumericsError
 from adapterops.formats.model import Site
 from adapterops.rules.registry import METHODS
 from tests import rules_dense_elements as elements
@@ -161,3 +162,12 @@ def test_what_is_saved_and_its_certificate(three, tmp_path: Path):
         sizes = np.linalg.svd(matrix, compute_uv=False)
         best = np.sqrt((sizes[8:] ** 2).sum() / (sizes**2).sum())
         assert error <= best * 1.001
+
+
+@pytest.mark.parametrize("name", ["slerp", "karcher", "model_stock", "ties", "sce"])
+def test_what_float32_does_not_hold_is_no_adapter_that_is_absent(name, three):
+    (a, b, c), _ = three
+    large = combine("ties", [a, b], parameters={"lambda": 1e39})
+    quiet = np.errstate(over="ignore", invalid="ignore")
+    with quiet, pytest.raises(NumericsError, match="too large for float32"):
+        combine(name, [large, c])["layers.0.q_proj"].dense()

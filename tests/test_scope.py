@@ -11,6 +11,7 @@ import pytest
 import adapterops as ao
 from adapterops.combining import combine
 from adapterops.derived.rule import Rule, entries
+from adapterops.derived.whole import Whole
 from adapterops.errors import NumericsError, UsageError
 from adapterops.rules.registry import METHODS, SCOPE
 from tests import rules_dense_elements as elements
@@ -196,3 +197,49 @@ def test_an_adapter_of_zeros_changes_nothing(tmp_path):
                 made(combine(name, [*folders, zero], [*WEIGHTS, 1.0], parameters=WHOLE)),
                 made(combine(name, folders, WEIGHTS, parameters=WHOLE)),
             )
+
+
+@pytest.mark.parametrize("calibrate", [None, "pico"])
+@pytest.mark.parametrize(
+    ("name", "space"),
+    [(name, space) for name in SCOPED for space in (METHODS[name].spaces or ("dense",))],
+)
+def test_of_a_single_module_both_scopes_are_one(name, space, calibrate, tmp_path):
+    folders, _ = three(tmp_path)
+    count = METHODS[name].most or 3
+    found = [
+        combine(
+            name,
+            folders[:count],
+            parameters={"scope": scope},
+            space=space,
+            calibrate=calibrate,
+            modules=r"layers\.1.*",
+        )["layers.1.up_proj"].dense()
+        for scope in ("module", "adapter")
+    ]
+    assert np.abs(found[0] - found[1]).max() <= 1e-6 * np.abs(found[0]).max()
+
+
+@pytest.mark.parametrize("space", ["dense", "core", "knots"])
+def test_where_nobody_has_an_entry_all_is_zero(space, tmp_path):
+    nothing = {stem: (np.zeros((m, 2)), np.zeros((2, n))) for stem, (m, n) in SHAPES.items()}
+    folders = [write_peft(tmp_path / f"z{i}", nothing, alpha=2.0) for i in range(2)]
+    found = combine("ties", folders, parameters=WHOLE, space=space)
+    assert not any(matrix.any() for matrix in made(found).values())
+
+
+def test_what_cannot_be_known_is_looked_for_once(tmp_path, monkeypatch):
+    [folder, *_], _ = three(tmp_path)
+    found = combine("slerp", [folder, folder], [1, -1], parameters=WHOLE)
+    passes, real = [], Whole._shares
+
+    def counted(self):
+        passes.append(self)
+        return real(self)
+
+    monkeypatch.setattr(Whole, "_shares", counted)
+    for stem in SHAPES:
+        with pytest.raises(NumericsError, match="opposite"):
+            found[stem].dense()
+    assert len(passes) == 1

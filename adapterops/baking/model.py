@@ -28,7 +28,7 @@ from adapterops.basemodel import BaseModel
 from adapterops.casts import format_name
 from adapterops.errors import FileError, Interrupted
 from adapterops.files.output import check_room, stage
-from adapterops.files.publish import is_complete
+from adapterops.files.publish import complete
 from adapterops.files.resumable import Resumed, resumable
 from adapterops.formats.model import AdapterFile
 from adapterops.provenance import Provenance
@@ -93,7 +93,7 @@ def _staged(job: Job, plan: str) -> Iterator[Place]:
             error.path = job.final
         raise
     except KeyboardInterrupt:
-        if not kept or is_complete(job.final):
+        if not kept or complete():
             raise
         raise Interrupted(
             f"interrupted; {kept} of {len(job.shards)} files of weights are kept",

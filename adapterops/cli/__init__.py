@@ -85,7 +85,8 @@ def main() -> NoReturn:
     wants_json = "--json" in sys.argv
     try:
         code = app.main(standalone_mode=False)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is nothing left to be interrupted
+        for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing left to be interrupted
+            signal.signal(number, signal.SIG_IGN)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
@@ -124,8 +125,7 @@ def _interrupted() -> Interrupted:
     done = complete()
     if not done:
         return Interrupted("interrupted; no unfinished output was left")
-    what = done[-1] if len(done) == 1 else f"{len(done)} outputs, the last of them {done[-1]},"
-    return Interrupted(f"interrupted, but {what} had been written before and can be used")
+    return Interrupted(f"interrupted, but {done} had been written before and can be used")
 
 
 def _fail(error: AdapterOpsError, wants_json: bool) -> NoReturn:

@@ -20,8 +20,8 @@ from adapterops.derived.rule import (
     Rule,
     bases,
     beside_limits,
-    calibrated,
     combined,
+    damped,
     entries,
     products,
     storage_noise,
@@ -106,7 +106,7 @@ class Combination:
     rank: int
     sources: tuple[Source, ...]
     whole: Whole | None = None
-    known: dict[str, object] = field(default_factory=dict)
+    kept: dict[str, object] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
@@ -117,9 +117,9 @@ class Combination:
     def once(self, what: str, find: Callable[[], Found]) -> Found:
         """What `find` gives, asked for the first time."""
         with self.lock:
-            if what not in self.known:
-                self.known[what] = find()
-            return cast(Found, self.known[what])
+            if what not in self.kept:
+                self.kept[what] = find()
+            return cast(Found, self.kept[what])
 
     @property
     def is_dense(self) -> bool:
@@ -138,9 +138,11 @@ class Combination:
         (m, n), count, ranks = self.shape, len(sites), sum(site.rank for site in sites)
         within = max((site.made.peak for site in sites if site.made), default=0)
         if self.is_dense:
-            ranks = sum(site.rank for site in sites if not _by_rows(site))
+            matrices = self.rule.calibrate is not None  # what is damped is needed in factors
+            ranks = sum(site.rank for site in sites if matrices or not _by_rows(site))
+            each = 64 if matrices else 12 if self.rule.is_dense else 8
             blocks = (4 * (2 * count + 10) if self.rule.is_dense else 16 * count) * BLOCK_ROWS * n
-            found = within + (12 if self.rule.is_dense else 8) * (m + n) * ranks + blocks
+            found = within + each * (m + n) * ranks + blocks
             if not self.rule.method.ranked:
                 return found
             sampled = min(m, n) >= LEAST_SAMPLED and not any(map(_by_rows, sites))
@@ -225,17 +227,14 @@ class Combination:
         """(T, T) inner products of the sources, after --calibrate pico, of a Gram method."""
         if self.is_dense:
             return Weighted(self).gram()
-        members = self.members()
-        if self.rule.calibrate == "pico":
-            members = calibrated(members, self.weights)
-        return products(bases(members)[2])
+        return products(bases(damped(self.rule, self.members(), self.weights))[2])
 
     def entries(self) -> tuple[list[int], Iterable[np.ndarray[Any, Any]]]:
         """Who has a vote, and blocks (T, rows, columns) of their entries, of elementwise rules."""
         if self.rule.is_dense:
             found = Elementwise(self)
             return found.own, found.blocks()
-        members = self.members()
+        members = damped(self.rule, self.members(), self.weights)
         own = voting(members, self.weights)
         if not own:
             return own, []
@@ -268,7 +267,7 @@ class Combination:
         except AdapterOpsError as error:
             error.module = error.module or self.stem
             raise
-        self.known["said"] = self._said(found)
+        self.kept["said"] = self._said(found)
         left, right = found.B, found.A
         if len(right) > self.rank:  # more columns than the matrix has sides: as the matrix
             left, right = split(left @ right)
@@ -285,10 +284,10 @@ class Combination:
     @property
     def said(self) -> MethodFigures:
         """What the method says of its result, once that is made."""
-        found = self.known.get("said")
+        found = self.kept.get("said")
         if isinstance(found, MethodFigures):
             return found
-        limits = self.known.get("limits")
+        limits = self.kept.get("limits")
         near = beside_limits(limits) if isinstance(limits, Limits) else None
         return MethodFigures(self.rule.method.name, near=self._near_all if self.whole else near)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from adapterops.derived.grid import BLOCK_ROWS, OnGrid, voting
-from adapterops.derived.rule import Rule, bits, calibrated
+from adapterops.derived.rule import Rule, bits, damped
 from adapterops.factors import Factors
 from adapterops.geometry import beta
 from adapterops.rules import streamed
@@ -37,7 +37,7 @@ class Elementwise(OnGrid):
         self._rows = [_rows(side) for side in _damped(rule, sides, weights)]
         sizes = np.array([one.beta for one in self._rows])
         super().__init__(made, sides, weights, float(np.abs(weights) @ sizes))
-        if any(one.largest > _MOST for one in self._rows):
+        if any(isinstance(one, _Product) and one.largest > _MOST for one in self._rows):
             self.check()
         labels = tuple(made.labels[i] for i in self.own)
         self._bits = None
@@ -90,7 +90,8 @@ class Elementwise(OnGrid):
         rows, columns = (drawn.permutation(size) for size in self.shape)
         for g in range(_GROUPS):
             i, j = rows[g::_GROUPS], columns[g::_GROUPS]
-            yield np.stack([one.left[i] @ one.right[:, j] for one in self._rows])
+            pairs = (one for one in self._rows if isinstance(one, _Product))  # all, where sampled
+            yield np.stack([one.left[i] @ one.right[:, j] for one in pairs])
 
     def _raw(self, start: int) -> Block:
         if not self._rows:
@@ -102,8 +103,17 @@ class Elementwise(OnGrid):
         return found
 
 
+class _Rows(Protocol):
+    """What gives the rows of an adapter in float32; `beta` is its β."""
+
+    beta: float
+
+    def into(self, out: Block, start: int, stop: int) -> None:
+        """Write rows [start, stop)."""
+
+
 class _Product:
-    """Rows of B·A in float32."""
+    """Rows of B·A."""
 
     def __init__(self, factors: Factors) -> None:
         B, A = factors.B, factors.A
@@ -125,23 +135,24 @@ class _Read:
 
     def __init__(self, operator: OnGrid) -> None:
         self._operator = operator
-        self.beta, self.largest = operator.beta(0.0), 0.0
+        self.beta = operator.beta(0.0)
 
     def into(self, out: Block, start: int, stop: int) -> None:
         out[...] = self._operator.single(start, stop)
+        if not np.abs(out).max() <= _MOST:
+            self._operator.check()
 
 
 def _damped(
     rule: Rule, sides: Sequence[Factors | OnGrid], weights: Block
 ) -> Sequence[Factors | OnGrid]:
-    """What --calibrate leaves of each."""
+    """What --calibrate leaves of each: it takes factors."""
     if rule.calibrate != "pico" or not sides:
         return sides
-    pairs = [side.factors() if isinstance(side, OnGrid) else side for side in sides]
-    return calibrated(pairs, weights)
+    return damped(rule, [x.factors() if isinstance(x, OnGrid) else x for x in sides], weights)
 
 
-def _rows(side: Factors | OnGrid) -> Any:
+def _rows(side: Factors | OnGrid) -> _Rows:
     return _Read(side) if isinstance(side, OnGrid) else _Product(side)
 
 

@@ -70,7 +70,7 @@ class OnGrid(ABC):
         return max(self._beta, norm)
 
     def check(self) -> None:
-        """Raise NumericsError where it is not finite, for its sources are."""
+        """Raise the NumericsError of entries that are not finite, for its sources are."""
         raise NumericsError(
             "its entries are too large for float32",
             module=self.made.stem,

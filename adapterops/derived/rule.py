@@ -143,8 +143,7 @@ def combined(
     shape, near, cored = members[0].shape, None, None
     right: Matrix | None
     match = _matching(rule, members, weights)
-    if rule.calibrate == "pico":
-        members = calibrated(members, weights)
+    members = damped(rule, members, weights)
     if rule.method.signature == "gram":
         shares = known.shares if known else None
         if not rule.method.measures:
@@ -258,6 +257,11 @@ def bases(members: Sequence[Factors]) -> tuple[Matrix, Matrix, Matrix]:
         for one, end in zip(members, ends.tolist(), strict=True)
     ]
     return left, right, np.stack(cores)
+
+
+def damped(rule: Rule, members: Sequence[Factors], weights: Matrix) -> Sequence[Factors]:
+    """The members as the method sees them: after --calibrate pico, where that is asked for."""
+    return calibrated(members, weights) if rule.calibrate == "pico" else members
 
 
 def calibrated(members: Sequence[Factors], weights: Matrix) -> list[Factors]:

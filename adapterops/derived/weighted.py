@@ -44,7 +44,11 @@ class Weighted(OnGrid):
         for start in range(0, self.shape[0], BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, self.shape[0])
             flat = np.stack([np.ravel(side.rows(start, stop)) for side in self.sides])
-            G += flat @ flat.T
+            with np.errstate(over="ignore", invalid="ignore"):
+                G += flat @ flat.T
+        for side, size in zip(self.sides, np.diagonal(G), strict=True):
+            if not np.isfinite(size):
+                (side if isinstance(side, OnGrid) else self).check()
         return G
 
     def _raw(self, start: int) -> Block:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapterops.derived.rule import Known, Rule, beside_limits, coefficients
+from adapterops.errors import AdapterOpsError
 from adapterops.rules import limits, streamed
+from adapterops.rules.registry import Limits
 
 if TYPE_CHECKING:
     from adapterops.derived.combination import Combination
@@ -30,16 +32,27 @@ class Whole:
         self._rule, self._weights = rule, weights
         self.modules: list[Combination] = []
         self._known: Known | None = None
+        self._failed: AdapterOpsError | None = None
         self._lock = threading.RLock()
 
     @property
     def known(self) -> Known:
         """Coefficients of a Gram method, limits of an elementwise one. Raises what these raise."""
         with self._lock:
+            if self._failed:
+                raise self._failed
             if self._known is None:
-                is_gram = self._rule.method.signature == "gram"
-                self._known = Known(shares=self._shares()) if is_gram else self._of_entries()
+                try:
+                    self._known = self._found()
+                except AdapterOpsError as error:
+                    self._failed = error
+                    raise
             return self._known
+
+    def _found(self) -> Known:
+        if self._rule.method.signature == "gram":
+            return Known(shares=self._shares())
+        return Known(limits=self._limits())
 
     @cached_property
     def peak(self) -> int:
@@ -59,17 +72,15 @@ class Whole:
         G = sum(made.gram() for made in self.modules)
         return coefficients(self._rule, np.asarray(G), self._weights)
 
-    def _of_entries(self) -> Known:
+    def _limits(self) -> Limits:
         if self._rule.is_dense:
             total = sum(math.prod(made.shape) for made in self.modules)
         else:
             total = sum(block[0].size for block in self._blocks())
-        rule = self._rule
-        return Known(
-            limits=streamed.find_limits(
-                rule.method, self._blocks, total, self._weights, rule.arguments
-            )
-        )
+        rule, count = self._rule, len(self._weights)
+        if not total:  # nobody has an entry anywhere
+            return Limits(np.zeros((count, 1)), np.zeros((count, 1), np.int64))
+        return streamed.find_limits(rule.method, self._blocks, total, self._weights, rule.arguments)
 
     def _blocks(self) -> Iterator[Matrix]:
         """Entries of all adapters (T, rows, columns): zeros of those without a vote."""

@@ -21,6 +21,7 @@ from adapterops.errors import FileError, FormatError, OutputExistsError, UsageEr
 from adapterops.files.header import Entry
 from adapterops.files.publish import (
     alone,
+    begun,
     completed,
     hidden_name,
     keep_mode,
@@ -136,6 +137,7 @@ def stage(out: str | os.PathLike[str], *, directory: bool, overwrite: bool) -> I
     staging = None
     try:
         with undisturbed():
+            begun()
             staging = Staging(final, directory, overwrite)
         yield staging
         with undisturbed():

@@ -42,22 +42,22 @@ def undisturbed() -> Iterator[None]:
             signal.raise_signal(late[0])
 
 
-_complete: list[str] = []
+_complete: list[str] = []  # the last output that this process gave its name, if none is begun
+
+
+def begun() -> None:
+    """Note that an output is worked on: what is interrupted now is that one."""
+    _complete.clear()
 
 
 def completed(final: Path) -> None:
     """Note that an output is under its final name: who is interrupted later has it all the same."""
-    _complete.append(os.fspath(final))
+    _complete[:] = [os.fspath(final)]
 
 
-def complete() -> tuple[str, ...]:
-    """The outputs that this process has completed."""
-    return tuple(_complete)
-
-
-def is_complete(out: str | os.PathLike[str]) -> bool:
-    """Whether this process has completed this output."""
-    return os.path.realpath(out) in _complete
+def complete() -> str | None:
+    """The output that was completed last, None while another is worked on."""
+    return _complete[0] if _complete else None
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from adapterops.errors import (
 from adapterops.files.output import NOTHING_LEFT, check_output, unwritable, write_file
 from adapterops.files.publish import (
     alone,
+    begun,
     completed,
     publish_directory,
     sync_directory,
@@ -226,6 +227,7 @@ def resumable(out: str | os.PathLike[str], *, plan: str, overwrite: bool) -> Ite
     resumed = Resumed(final)
     try:
         with undisturbed(), alone(final.parent):
+            begun()
             resumed.begin(plan)
         yield resumed
         with undisturbed():

@@ -15,7 +15,7 @@ from adapterops.files import checkpoint
 from adapterops.files.clone import duplicate
 from adapterops.files.direct import SequentialWriter
 from adapterops.files.output import check_outside, check_room, stage, write_file
-from adapterops.files.publish import is_complete
+from adapterops.files.publish import complete
 from adapterops.files.resumable import Resumed, resumable
 from adapterops.files.source import LocalFile
 from adapterops.provenance import file_sha256
@@ -120,7 +120,7 @@ def _staged(out: str, record: Record, overwrite: bool) -> Iterator[Resumed]:
             finally:
                 kept = resumed.kept
     except KeyboardInterrupt:
-        if not kept or is_complete(out):
+        if not kept or complete():
             raise
         raise Interrupted(
             f"interrupted; {kept} of {len(record.files)} files are kept",
