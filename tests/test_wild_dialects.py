@@ -464,6 +464,9 @@ TWO_NAMES: Mapping[str, tuple[str, tuple[str, str], str, tuple[str, str], str]] 
 }
 
 
+BARE = "bare and below a component, Qwen"
+
+
 class TestOneModuleInTwoDialects:
     @staticmethod
     def make(folder: Path, case: str, shared: bool) -> list[Path]:
@@ -478,8 +481,16 @@ class TestOneModuleInTwoDialects:
             files.append(file)
         return files
 
-    @pytest.mark.parametrize("case", TWO_NAMES)
-    @pytest.mark.parametrize("shared", [False, True])
+    def test_a_bare_file_goes_with_one_of_that_component_alone(self, tmp_path: Path) -> None:
+        files = self.make(tmp_path, BARE, False)
+        report = ao.merge(files, [0.7, 0.3], out=tmp_path / "m.safetensors")
+        assert len(report.modules) == 1
+
+    @pytest.mark.parametrize(
+        ("case", "shared"),
+        [(case, True) for case in TWO_NAMES]
+        + [(case, False) for case in TWO_NAMES if case != BARE],
+    )
     def test_is_refused_with_that_reason(self, case: str, shared: bool, tmp_path: Path) -> None:
         """A sum by stem would hold the module twice, and no loader applies both."""
         files = self.make(tmp_path, case, shared)

@@ -127,22 +127,27 @@ class Staging:
 
 
 @contextmanager
-def stage(out: str | os.PathLike[str], *, directory: bool, overwrite: bool) -> Iterator[Staging]:
+def stage(
+    out: str | os.PathLike[str], *, directory: bool, overwrite: bool, main: bool = True
+) -> Iterator[Staging]:
     """Stage `out`; commit on a clean exit, leave no trace otherwise.
 
-    Raises OutputExistsError, UsageError for an empty name, and FileError for whatever the operating
-    system refuses.
+    A `main` output is what a command is for: of that an interruption speaks. Raises
+    OutputExistsError, UsageError for an empty name, and FileError for whatever the operating system
+    refuses.
     """
     final = check_output(out, directory=directory, overwrite=overwrite)
     staging = None
     try:
         with undisturbed():
-            begun()
+            if main:
+                begun()
             staging = Staging(final, directory, overwrite)
         yield staging
         with undisturbed():
             staging.commit()
-            completed(final)
+            if main:
+                completed(final)
     except BaseException as error:
         if staging:
             with undisturbed():

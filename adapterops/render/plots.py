@@ -71,7 +71,7 @@ def save_figure(
     with _library().rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # names in scripts the font lacks
         figure.savefig(data, format=kind, dpi=150, metadata=metadata)
-    with stage(path, directory=False, overwrite=overwrite) as target:
+    with stage(path, directory=False, overwrite=overwrite, main=False) as target:
         target.write(target.final.name, [data.getvalue()])
 
 
